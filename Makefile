@@ -1,0 +1,34 @@
+# Two commands: `make demo` trains and reports, `make test` runs the tests. Both set up what they need in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# Plain `torch` brings several GB of CUDA packages. Override to keep or pick a build: make TORCH=torch demo
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+
+.PHONY: demo test lint bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(BIN)/python $(SOURCES)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,test]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m gac_kernels.train.demo --output runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/gac-kernels bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info gac_kernels/*.so

@@ -1,0 +1,51 @@
+"""Fused losses for hybrid SFT + RL post-training, and the GAC controller that mixes the two signals."""
+
+from .advantages import group_advantages
+from .controller import ControllerConfig, CosinePrior, ConstantPrior, GuidedAdaptiveController, KLTarget
+from .library import backends, use_backend
+from .objectives import (
+    CISPO,
+    DFPO,
+    GIFT,
+    GRPO,
+    GSPO,
+    NLL,
+    SAPO,
+    Gate,
+    HybridObjective,
+    LogitTransform,
+)
+from .ops import hybrid_loss, signals_from_logprobs, token_logprobs
+from .signals import Signals
+from .types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CISPO",
+    "DFPO",
+    "GIFT",
+    "GRPO",
+    "GSPO",
+    "NLL",
+    "SAPO",
+    "ConstantPrior",
+    "ControllerConfig",
+    "CosinePrior",
+    "Denominators",
+    "Gate",
+    "GuidedAdaptiveController",
+    "HybridLoss",
+    "HybridObjective",
+    "KLTarget",
+    "LogitTransform",
+    "Signals",
+    "TokenBatch",
+    "TokenLogprobs",
+    "backends",
+    "group_advantages",
+    "hybrid_loss",
+    "signals_from_logprobs",
+    "token_logprobs",
+    "use_backend",
+]

@@ -1,0 +1,271 @@
+"""The data that flows through the package: one batch type in, one loss type out.
+
+Shape legend, used as suffixes everywhere: ``N`` response tokens of a batch, ``S`` sequences, ``T`` tokens a
+sequence (padded length), ``V`` vocabulary, ``H`` hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .signals import Signals
+
+IGNORE_INDEX = -100
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTS = (torch.int32, torch.int64)
+
+
+def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must have dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like targets, got {value.device}")
+    return value
+
+
+def _check_shape(name: str, value: Tensor, *allowed: tuple[int, ...]) -> None:
+    if tuple(value.shape) not in allowed:
+        expected = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Response tokens of ``S`` sequences with everything a hybrid loss needs to know about them.
+
+    Build one with :meth:`from_padded` or :meth:`from_packed`; both validate shapes, dtypes and devices and neither
+    reads a value back from an accelerator. Targets are already shifted: logits row ``t`` predicts targets row ``t``.
+
+    Attributes:
+        targets: ``(S, T)`` padded or ``(N,)`` packed, int32 or int64 token ids.
+        mask: bool, shaped as ``targets``; False where a token takes no part. Places holding ``-100`` are False.
+        cu_seqlens: ``(S + 1,)`` int64 offsets of a packed batch, else None.
+        is_expert: ``(S,)`` bool, True for demonstrations.
+        advantages: ``(S,)`` or shaped as ``targets``, or None when the batch holds demonstrations only.
+        old_logprobs: log-probs under the policy that sampled; None means on-policy (ratio 1, slope alive).
+        ref_logprobs: log-probs under the reference model of the KL penalty.
+        rollout_weights: detached importance weights that multiply the policy term and never the KL.
+        base_logits: ``(*targets.shape, V)`` logits of the base model, needed by GIFT.
+        groups: ``(S,)`` integer ids of the prompt each sequence answers, needed by DFPO.
+    """
+
+    targets: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor | None
+    is_expert: Tensor
+    advantages: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    rollout_weights: Tensor | None = None
+    base_logits: Tensor | None = None
+    groups: Tensor | None = None
+
+    @classmethod
+    def from_padded(
+        cls,
+        targets_ST: Tensor,
+        mask_ST: Tensor,
+        *,
+        is_expert_S: Tensor | None = None,
+        advantages: Tensor | None = None,
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        rollout_weights: Tensor | None = None,
+        base_logits: Tensor | None = None,
+        groups: Tensor | None = None,
+    ) -> TokenBatch:
+        """A batch of ``S`` rows padded to ``T``; padding may stand left, right or in between.
+
+        Args:
+            targets_ST: ``(S, T)`` int32/int64 target ids; ``-100`` masks a place.
+            mask_ST: ``(S, T)`` bool or integer/float 0-1 mask of the tokens that count.
+            is_expert_S: ``(S,)`` bool; None means every row is a rollout.
+            advantages: ``(S,)`` or ``(S, T)`` float. May be None if and only if every row is a demonstration.
+            old_logprobs, ref_logprobs, rollout_weights: ``(S, T)`` float.
+            base_logits: ``(S, T, V)`` float.
+            groups: ``(S,)`` integer ids, in any order.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        _check_tensor("targets_ST", targets_ST, _INTS, None)
+        if targets_ST.ndim != 2:
+            raise ValueError(f"targets_ST must be two-dimensional (S, T), got shape {tuple(targets_ST.shape)}")
+        return cls._build(
+            "mask_ST", targets_ST, mask_ST, None, targets_ST.shape[0], is_expert_S, advantages,
+            dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, rollout_weights=rollout_weights),
+            base_logits, groups,
+        )  # fmt: skip
+
+    @classmethod
+    def from_packed(
+        cls,
+        targets_N: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        mask_N: Tensor | None = None,
+        is_expert_S: Tensor | None = None,
+        advantages: Tensor | None = None,
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        rollout_weights: Tensor | None = None,
+        base_logits: Tensor | None = None,
+        groups: Tensor | None = None,
+    ) -> TokenBatch:
+        """A batch of ``S`` sequences laid end to end; sequence ``s`` owns ``[cu_seqlens[s], cu_seqlens[s + 1])``.
+
+        Args:
+            targets_N: ``(N,)`` int32/int64 target ids; ``-100`` masks a place.
+            cu_seqlens: ``(S + 1,)`` int32/int64, from 0 to ``N``, never falling. Checked here where that costs no
+                device sync (CPU); on an accelerator the kernels clamp every offset to ``[0, N]``.
+            mask_N: ``(N,)`` mask; None means that every token counts.
+            is_expert_S, advantages, groups: as in :meth:`from_padded`; advantages ``(S,)`` or ``(N,)``.
+            old_logprobs, ref_logprobs, rollout_weights: ``(N,)`` float. base_logits: ``(N, V)`` float.
+        """
+        _check_tensor("targets_N", targets_N, _INTS, None)
+        if targets_N.ndim != 1:
+            raise ValueError(f"targets_N must be one-dimensional (N,), got shape {tuple(targets_N.shape)}")
+        _check_tensor("cu_seqlens", cu_seqlens, _INTS, targets_N.device)
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
+        cu_seqlens = cu_seqlens.long()
+        if cu_seqlens.device.type == "cpu":
+            _check_offsets(cu_seqlens, targets_N.shape[0])
+        if mask_N is None:
+            mask_N = torch.ones_like(targets_N, dtype=torch.bool)
+        return cls._build(
+            "mask_N", targets_N, mask_N, cu_seqlens, cu_seqlens.shape[0] - 1, is_expert_S, advantages,
+            dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, rollout_weights=rollout_weights),
+            base_logits, groups,
+        )  # fmt: skip
+
+    @classmethod
+    def _build(
+        cls,
+        mask_name: str,
+        targets: Tensor,
+        mask: Tensor,
+        cu_seqlens: Tensor | None,
+        num_sequences: int,
+        is_expert: Tensor | None,
+        advantages: Tensor | None,
+        per_token: dict[str, Tensor | None],
+        base_logits: Tensor | None,
+        groups: Tensor | None,
+    ) -> TokenBatch:
+        device, shape, rows = targets.device, tuple(targets.shape), (num_sequences,)
+        _check_tensor(mask_name, mask, (torch.bool, torch.uint8, torch.int32, torch.int64, *_FLOATS), device)
+        _check_shape(mask_name, mask, shape)
+        if is_expert is not None:
+            _check_tensor("is_expert_S", is_expert, (torch.bool,), device)
+            _check_shape("is_expert_S", is_expert, rows)
+        if advantages is not None:
+            _check_tensor("advantages", advantages, _FLOATS, device)
+            _check_shape("advantages", advantages, rows, shape)
+        elif is_expert is None or (device.type == "cpu" and not bool(is_expert.all())):
+            raise ValueError("advantages must be given: (S,) or one a token, because the batch holds rollout sequences")
+        for name, value in per_token.items():
+            if value is not None:
+                _check_tensor(name, value, _FLOATS, device)
+                _check_shape(name, value, shape)
+        if base_logits is not None:
+            _check_tensor("base_logits", base_logits, _FLOATS, device)
+            if tuple(base_logits.shape[:-1]) != shape:
+                raise ValueError(f"base_logits must have shape {(*shape, 'V')}, got {tuple(base_logits.shape)}")
+        if groups is not None:
+            _check_tensor("groups", groups, _INTS, device)
+            _check_shape("groups", groups, rows)
+        return cls(
+            targets=targets,
+            mask=mask.bool() & targets.ne(IGNORE_INDEX),
+            cu_seqlens=cu_seqlens,
+            is_expert=torch.zeros(rows, dtype=torch.bool, device=device) if is_expert is None else is_expert,
+            advantages=None if advantages is None else advantages.detach(),
+            base_logits=None if base_logits is None else base_logits.detach(),
+            groups=None if groups is None else groups.long(),
+            **{name: None if value is None else value.detach() for name, value in per_token.items()},
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        """``S``, known to the host."""
+        return self.is_expert.shape[0]
+
+    @property
+    def max_length(self) -> int | None:
+        """``T`` of a padded batch, None for a packed one (its longest sequence is not known to the host)."""
+        return self.targets.shape[1] if self.cu_seqlens is None else None
+
+
+def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
+    steps = cu_seqlens.diff()
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or bool((steps < 0).any()):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to N = {num_tokens} without falling, got first {int(cu_seqlens[0])}, "
+            f"last {int(cu_seqlens[-1])}, smallest step {int(steps.min()) if steps.numel() else 0}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Denominators:
+    """Global counts that a branch's loss is divided by, instead of this batch's own.
+
+    Under gradient accumulation or data parallelism give the counts of the whole optimizer step; micro-batches then add
+    up to exactly the loss of one batch. What is counted follows the aggregation: tokens for ``token-mean``, sequences
+    with at least one token for the three ``seq-mean-*``. A field left None uses the batch's own count.
+    """
+
+    policy: float | Tensor | None = None
+    supervised: float | Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLogprobs:
+    """Per-token statistics of the logits, shaped as the targets; masked places hold 0.
+
+    ``logprobs`` and ``entropy`` (nats) carry gradient; ``sum_sq`` (sum over the vocabulary of p squared) does not.
+    An output that was not asked for is None.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    sum_sq: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class HybridLoss:
+    """What every hybrid loss returns. Nothing in it has been read by the host.
+
+    With the branch means aggregated as the objective says,
+    ``loss = (1 - mu) * (policy_loss + kl_coef * kl - entropy_coef * entropy) + mu * supervised_loss``.
+
+    Attributes:
+        loss: 0-d, differentiable; float32 (float64 for float64 input).
+        policy_loss, supervised_loss: 0-d, detached; 0 for a branch without tokens.
+        kl: 0-d, detached, the chosen estimator's mean over rollout tokens in nats; 0 without reference log-probs.
+        entropy: 0-d, detached, mean over rollout tokens in nats; 0 where no entropy was given.
+        logprobs: shaped as the targets, detached; 0 at masked places.
+        token_entropy: shaped as the targets, detached, or None where no entropy was given.
+        signals: what the controller observes.
+        metrics: 0-d tensors over the live rollout tokens: ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 of the
+            importance ratio, nats) and, where they apply, ``effective_update_ratio``, ``clip_fraction``,
+            ``cancellation_residual``. 0 without a rollout token.
+    """
+
+    loss: Tensor
+    policy_loss: Tensor
+    supervised_loss: Tensor
+    kl: Tensor
+    entropy: Tensor
+    logprobs: Tensor
+    token_entropy: Tensor | None
+    signals: Signals
+    metrics: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,32 @@
+"""Every test runs on memory that is poisoned when fresh, so that nothing passes by reading zeros it did not write."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """`torch.empty` and its kin come filled with NaN (integers: their largest value)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    import gac_kernels as gk
+
+    if request.param == "cpu" and not gk.backends()["cpu"].startswith("cpu:"):
+        pytest.skip("this install has no compiled module")
+    with gk.use_backend(request.param):
+        yield request.param
