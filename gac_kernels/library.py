@@ -39,7 +39,7 @@ DFPO_TRANSFORMS, DFPO_RATIOS = ("min_replace", "adv_orthogonal"), ("geometric_me
 
 # One pass over ready log-probs. Token tensors are flat (N,) and contiguous, in the dtype of logprobs (float32 or float64).
 # Sequence s owns [cu_seqlens[s], cu_seqlens[s + 1]), or [s seq_len, (s + 1) seq_len) where cu_seqlens is None.
-# Returns loss (), scalars (10,) as in SCALARS, rows (S, 12) as in signals.SIGNAL_COLUMNS, logprobs (N,) with 0 where masked,
+# Returns loss (), scalars (10,) as in SCALARS, rows (S, 12) as signals.SIGNAL_COLUMNS, logprobs (N,) with 0 where masked,
 # slope (N,) = d loss / d logprobs, entropy_slope = d loss / d entropy: (N,) if entropy is given, else (0,).
 _TOKEN_LOSS = """(
     Tensor logprobs, Tensor mask, Tensor? cu_seqlens, int seq_len, Tensor is_expert,

@@ -83,11 +83,12 @@ def _scalar(name: str, value: float | Tensor, like: Tensor, high: float = math.i
 
 
 def _norm_length(objective: HybridObjective, batch: TokenBatch) -> float | None:
-    if objective.norm_length is not None or batch.max_length is not None:
-        return objective.norm_length or batch.max_length
-    if "seq-mean-token-sum-norm" in (objective.aggregation, objective.supervised_aggregation):
+    """The constant length in force; None where no branch divides by one."""
+    if "seq-mean-token-sum-norm" not in (objective.aggregation, objective.supervised_aggregation):
+        return None
+    if objective.norm_length is None and batch.max_length is None:
         raise ValueError("objective.norm_length must be given for seq-mean-token-sum-norm on a packed batch")
-    return None
+    return objective.norm_length or float(batch.max_length)
 
 
 def _check_objective(objective: HybridObjective, batch: TokenBatch) -> None:

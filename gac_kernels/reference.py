@@ -248,7 +248,9 @@ def hybrid_loss(
         slope_N = supervised_slope(logp_N, objective)
         supervised_loss_N = slope_N * torch.where(slope_N == 0, 0.0, logp_N)  # phi logp is 0 at p = 0, never nan
 
-    norm = objective.norm_length or segments.length
+    norm = None
+    if "seq-mean-token-sum-norm" in (objective.aggregation, objective.supervised_aggregation):
+        norm = objective.norm_length or segments.length
     policy_count_S, expert_count_S = segments.sum(policy_N.to(dtype)), segments.sum(expert_N.to(dtype))
     a_S = sequence_weights(objective.aggregation, policy_count_S, norm, denominators.policy)
     b_S = sequence_weights(objective.supervised_aggregation, expert_count_S, norm, denominators.supervised)

@@ -73,8 +73,8 @@ class Case:
         return self._make(lambda v: v, lambda kw: gk.TokenBatch.from_padded(self.targets, self.mask, **kw))
 
     def packed(self) -> tuple[gk.TokenBatch, dict]:
-        inside = torch.arange(self.T)[None] < torch.tensor(self.lengths)[:, None]
-        cu = torch.tensor([0, *self.lengths]).cumsum(0)
+        inside = torch.arange(self.T)[None] < torch.tensor(self.lengths, dtype=torch.long)[:, None]
+        cu = torch.tensor([0, *self.lengths], dtype=torch.long).cumsum(0)
         return self._make(
             lambda v: v[inside],
             lambda kw: gk.TokenBatch.from_packed(self.targets[inside], cu, mask_N=self.mask[inside], **kw),
@@ -83,7 +83,7 @@ class Case:
     def _make(self, select, build):
         batch = build(
             self._token_tensors(select)
-            | {"is_expert_S": torch.tensor(self.expert, dtype=torch.bool), "groups": torch.tensor(self.groups)}
+            | {"is_expert_S": torch.tensor(self.expert, dtype=torch.bool), "groups": torch.tensor(self.groups, dtype=torch.long)}
         )
         extra = {"logprobs": select(self.logp), "entropy": self.entropy, "sum_sq": self.sum_sq}
         return batch, {k: v if v is None or k == "logprobs" else select(v) for k, v in extra.items()}
