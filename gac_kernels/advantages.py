@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -83,10 +85,10 @@ def _check(rewards_S: Tensor, groups: int | Tensor, baseline: str, scale: str, e
         raise ValueError(f"scale must be one of {SCALES}, got {scale!r}")
     if not 0.0 <= eps < float("inf"):
         raise ValueError(f"eps must be finite and at least 0, got {eps!r}")
-    if isinstance(groups, int) and not isinstance(groups, bool):
+    if isinstance(groups, numbers.Integral) and not isinstance(groups, bool):
         if groups < 1 or len(rewards_S) % groups:
             raise ValueError(f"groups must be at least 1 and divide the {len(rewards_S)} rewards, got {groups}")
-        return groups
+        return int(groups)
     if isinstance(groups, (list, tuple)):
         groups = torch.tensor(groups, device=rewards_S.device)
     if (
