@@ -116,6 +116,8 @@ def _clipped(ratio_N: Tensor, adv_N: Tensor, low: float, high: float, delta: flo
 
 def transform_weights(objective: DFPO, weight_S: Tensor, adv_S: Tensor, groups_S: Tensor, member_S: Tensor) -> Tensor:
     """DFPO's group transform ``w -> w~`` (arXiv 2604.13088v1, Eq. 17 and 18) among the ``member_S`` sequences."""
+    if not len(weight_S):
+        return weight_S  # torch has no minimum over nothing
     same_SS = (groups_S[:, None] == groups_S[None, :]) & member_S[None, :]
     if objective.transform == "min_replace":
         return torch.where(same_SS, weight_S[None, :], math.inf).amin(-1)

@@ -37,7 +37,7 @@ def compare(case: Case, objective: gk.HybridObjective, mu: float, layout: str, *
     floor = rtol if case.dtype == torch.float64 else 1e-6
 
     def close(name, got, expected):
-        expected = torch.as_tensor(expected, dtype=torch.float64)
+        expected = torch.as_tensor(expected, dtype=torch.float64).reshape(got.shape)
         torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=floor, msg=lambda m: f"{name}: {m}")
 
     for name, value in (("policy", out.policy_loss), ("supervised", out.supervised_loss), ("kl", out.kl), ("entropy", out.entropy)):
