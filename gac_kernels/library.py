@@ -106,33 +106,36 @@ def _reference_token_loss(
     rollout_weights: Tensor | None, entropy: Tensor | None, sum_sq: Tensor | None, groups: Tensor | None, mu: Tensor,
     policy_denominator: Tensor | None, supervised_denominator: Tensor | None, *static: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """``token_loss`` by autograd through the reference formulas."""
     shape = (is_expert.shape[0], seq_len) if cu_seqlens is None else logprobs.shape
 
     def shaped(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.view(shape)
 
     batch = TokenBatch(
-        targets=shaped(mask).to(torch.int32), mask=shaped(mask), cu_seqlens=cu_seqlens, is_expert=is_expert,
+        targets=mask.view(shape), mask=mask.view(shape), cu_seqlens=cu_seqlens, is_expert=is_expert,
         advantages=shaped(advantages) if token_advantages else advantages, old_logprobs=shaped(old_logprobs),
         ref_logprobs=shaped(ref_logprobs), rollout_weights=shaped(rollout_weights), groups=groups,
     )  # fmt: skip
-    with torch.enable_grad():
-        logp = shaped(logprobs).detach().requires_grad_()
-        ent = None if entropy is None else shaped(entropy).detach().requires_grad_()
-        out = reference.hybrid_loss(
-            logp, batch, decode(*static), mu, entropy=ent, sum_sq=shaped(sum_sq),
-            denominators=Denominators(policy_denominator, supervised_denominator),
-        )  # fmt: skip
-        slope, *rest = torch.autograd.grad(out.loss, [logp] if ent is None else [logp, ent], allow_unused=True)
+    denominators = Denominators(policy_denominator, supervised_denominator)
+    return eager_token_loss(
+        logprobs.view(shape), batch, decode(*static), mu, shaped(entropy), shaped(sum_sq), denominators
+    )
+
+
+def eager_token_loss(
+    logprobs: Tensor, batch: TokenBatch, objective: HybridObjective, mu: Tensor, entropy: Tensor | None,
+    sum_sq: Tensor | None, denominators: Denominators | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The outputs of ``token_loss`` by the reference; also the one implementation of a custom gate."""
+    out, slope, entropy_slope = reference.token_loss(
+        logprobs, batch, objective, mu, entropy=entropy, sum_sq=sum_sq, denominators=denominators
+    )
     parts = (out.policy_loss, out.supervised_loss, out.kl, out.entropy)
-    absent = logprobs.new_zeros(())
+    absent = out.loss.new_zeros(())
     scalars = torch.stack([*parts, *(out.metrics.get(name, absent) for name in reference.METRICS)])
-    entropy_slope = rest[0].reshape(-1) if rest and rest[0] is not None else torch.zeros_like(logprobs)
-    return (
-        out.loss.detach(), scalars, out.signals.rows, out.logprobs.reshape(-1).clone(), slope.reshape(-1),
-        logprobs.new_empty(0) if entropy is None else entropy_slope,
-    )  # fmt: skip
+    if entropy is None:
+        entropy_slope = slope.new_empty(0)
+    return out.loss, scalars, out.signals.rows, out.logprobs.reshape(-1).clone(), slope, entropy_slope
 
 
 def _fake_token_loss(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library, reference, reference_logits
+from . import library, reference
 from .objectives import CISPO, DFPO, GIFT, SAPO, Gate, HybridObjective, LogitTransform
 from .signals import Signals
 from .types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
@@ -35,10 +35,11 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-        before_entropy, after_entropy = args[:9], args[9:]
-        loss, scalars, rows, logprobs_out, slope, entropy_slope = library.call(
-            "token_loss", logprobs, *before_entropy, entropy, *after_entropy
-        )
+        if isinstance(args[0], TokenBatch):  # a gate in Python: eager, on every device
+            outputs = library.eager_token_loss(logprobs, args[0], args[1], args[2], entropy, *args[3:])
+        else:
+            outputs = library.call("token_loss", logprobs, *args[:9], entropy, *args[9:])
+        loss, scalars, rows, logprobs_out, slope, entropy_slope = outputs
         ctx.save_for_backward(slope, entropy_slope, logprobs, entropy)
         ctx.mark_non_differentiable(scalars, rows, logprobs_out)
         ctx.set_materialize_grads(False)
@@ -167,21 +168,18 @@ def hybrid_loss(
     if objective.entropy_coef and entropy is None:
         raise ValueError(f"entropy must be given: objective.entropy_coef is {objective.entropy_coef:g}")
     norm_length = _norm_length(objective, batch)
-    if _has_custom_gate(objective):  # a gate in Python has one implementation on every device
-        if library.forced_backend() not in (None, "reference"):
-            raise ValueError(f"backend {library.forced_backend()!r} does not support the custom gate of objective.policy")
-        return reference.hybrid_loss(
-            logprobs, batch, objective, mu, entropy=entropy, sum_sq=sum_sq, denominators=denominators
-        )
-
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     flat = logprobs.reshape(-1).to(dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
-    *tokens, groups = _token_args(batch, dtype, sum_sq)
-    loss, scalars, rows, logprobs_out = _TokenLoss.apply(
-        flat, flat_entropy, *tokens, groups, _scalar("mu", mu, flat, 1.0), *_denominators(denominators, flat),
-        *library.encode(objective, norm_length),
-    )  # fmt: skip
+    mu = _scalar("mu", mu, flat, 1.0)
+    policy_count, supervised_count = _denominators(denominators, flat)
+    if _has_custom_gate(objective):
+        if library.forced_backend() not in (None, "reference"):
+            raise ValueError(f"backend {library.forced_backend()!r} does not support the custom gate of objective.policy")
+        args = (batch, objective, mu, sum_sq, Denominators(policy_count, supervised_count))
+    else:
+        args = (*_token_args(batch, dtype, sum_sq), mu, policy_count, supervised_count, *library.encode(objective, norm_length))
+    loss, scalars, rows, logprobs_out = _TokenLoss.apply(flat, flat_entropy, *args)
     values = dict(zip(library.SCALARS, scalars.unbind(), strict=True))
     return HybridLoss(
         loss=loss,
@@ -276,7 +274,7 @@ def token_logprobs(
             raise ValueError(
                 f"targets must be in [0, {logits.shape[-1]}) or -100, got {int(live.min())} to {int(live.max())}"
             )
-    out = reference_logits.token_logprobs(logits, targets, mask, transform)
+    out = reference.token_logprobs(logits, targets, mask, transform)
     return TokenLogprobs(
         logprobs=out.logprobs if "logprobs" in outputs else None,
         entropy=out.entropy if "entropy" in outputs else None,

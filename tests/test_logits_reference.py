@@ -9,7 +9,7 @@ import torch
 from support import Case
 
 import gac_kernels as gk
-from gac_kernels import reference_logits
+from gac_kernels import reference
 
 V = 11
 
@@ -101,7 +101,7 @@ def test_gift_closed_form(beta, smooth):
     """SPEC's closed form for the loss, and p - q for its gradient."""
     (logits, targets), (base, _) = rows(5, 1), rows(5, 2)
     logits.requires_grad_()
-    loss = reference_logits.gift_loss(logits, base, targets, gk.GIFT(beta, smooth))
+    loss = reference.gift_loss(logits, base, targets, gk.GIFT(beta, smooth))
     loss.sum().backward()
     p0 = (1 - smooth) * torch.softmax(base, -1) + smooth / V
     for i, y in enumerate(targets.tolist()):
@@ -118,9 +118,9 @@ def test_gift_limits_and_small_probabilities():
     """beta = 0 distils the base; a large beta is plain SFT; beta = 20 with p0_y = 1e-12 has the exact ratio e^20 1e-12."""
     (logits, targets), (base, _) = rows(5, 3), rows(5, 4)
     log_p = torch.log_softmax(logits, -1)
-    distil = reference_logits.gift_loss(logits, base, targets, gk.GIFT(0.0))
+    distil = reference.gift_loss(logits, base, targets, gk.GIFT(0.0))
     torch.testing.assert_close(distil, -(torch.softmax(base, -1) * log_p).sum(-1))
-    plain = reference_logits.gift_loss(logits, base, targets, gk.GIFT(200.0))
+    plain = reference.gift_loss(logits, base, targets, gk.GIFT(200.0))
     torch.testing.assert_close(plain, -log_p.gather(-1, targets[:, None])[:, 0])
     base = torch.zeros(1, 2, dtype=torch.float64)
     base[0, 0] = math.log(1e-12)
@@ -128,7 +128,7 @@ def test_gift_limits_and_small_probabilities():
     odds = 1e-12 * math.exp(20.0)
     q = odds / (1.0 + odds)
     lp = torch.log_softmax(logits, -1)[0]
-    got = reference_logits.gift_loss(logits, base, torch.tensor([0]), gk.GIFT(20.0))
+    got = reference.gift_loss(logits, base, torch.tensor([0]), gk.GIFT(20.0))
     torch.testing.assert_close(got[0], -(q * lp[0] + (1 - q) * lp[1]), rtol=1e-12, atol=0)
 
 
@@ -142,11 +142,11 @@ def test_gift_in_the_hybrid_loss():
         case.targets % V, case.mask, is_expert_S=torch.tensor([False, True]), advantages=case.adv, base_logits=base
     )
     gift = gk.GIFT(3.0, 0.1)
-    out = reference_logits.hybrid_loss_from_logits(logits.requires_grad_(), batch, gk.HybridObjective(supervised=gift), 0.4)
+    out = reference.hybrid_loss_from_logits(logits.requires_grad_(), batch, gk.HybridObjective(supervised=gift), 0.4)
     live = case.mask[1]
-    want = reference_logits.gift_loss(logits[1][live], base[1][live], batch.targets[1][live], gift).mean()
+    want = reference.gift_loss(logits[1][live], base[1][live], batch.targets[1][live], gift).mean()
     torch.testing.assert_close(out.supervised_loss, want.detach())
-    plain = reference_logits.hybrid_loss_from_logits(logits, batch, gk.HybridObjective(), 0.4)
+    plain = reference.hybrid_loss_from_logits(logits, batch, gk.HybridObjective(), 0.4)
     torch.testing.assert_close(out.policy_loss, plain.policy_loss)
     out.loss.backward()
     assert logits.grad[~case.mask].eq(0).all() and logits.grad[case.mask].ne(0).any()

@@ -17,7 +17,6 @@ FORBIDDEN = {
     "types": ("", "triton", "numpy"),
     "objectives": ("advantages", "controller", "library", "ops", "reference", "signals", "train", "triton"),
     "reference": ("library", "ops", "_triton", "_C", "controller", "train", "triton"),
-    "reference_logits": ("library", "ops", "_triton", "_C", "controller", "train", "triton"),
     "_triton": ("controller", "train", "integrations", "ops"),
     "ops": ("controller", "train", "integrations"),
     "signals": ("library", "ops", "reference", "controller", "train"),

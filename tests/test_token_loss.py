@@ -13,6 +13,7 @@ import torch
 from support import POLICIES, Case, policy_name
 
 import gac_kernels as gk
+from gac_kernels import reference
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 # Lengths around the vector widths 8 and 16, an empty sequence, one token, more than one block.
@@ -111,6 +112,22 @@ def test_random_batches(backend, lengths, seed, policy, spread, mu, layout):
     expert = [(seed >> i) & 1 == 1 for i in range(len(lengths))]
     case = Case(lengths, expert, seed=seed, spread=spread)
     compare(case, gk.HybridObjective(policy, kl_coef=0.1), mu, layout, rtol=1e-10)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=policy_name)
+def test_written_slopes_equal_autograd(policy):
+    """The reference gives its slopes in closed form; autograd through its values gives the same."""
+    for old in (True, False):
+        case = Case(LENGTHS, EXPERT, seed=16, old=old, spread=0.5)
+        batch, extra = case.padded()
+        objective = gk.HybridObjective(policy, kl_coef=0.3, entropy_coef=0.2, kl_ratio_weighted=True)
+        leaf, entropy = extra["logprobs"].clone().requires_grad_(), extra["entropy"].clone().requires_grad_()
+        reference.hybrid_loss(leaf, batch, objective, 0.3, entropy=entropy).loss.backward()
+        _, slope, entropy_slope = reference.token_loss(
+            extra["logprobs"], batch, objective, torch.tensor(0.3), entropy=extra["entropy"]
+        )
+        torch.testing.assert_close(slope.view_as(leaf), leaf.grad, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(entropy_slope.view_as(entropy), entropy.grad, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=policy_name)

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .objectives import GIFT, HybridObjective, LogitTransform
-from .reference import Segments, hybrid_loss
-from .types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
+from ..objectives import GIFT, HybridObjective, LogitTransform
+from ..types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
+from .loss import hybrid_loss
+from .terms import Segments
 
 
 def transformed(logits: Tensor, transform: LogitTransform, rows_S: Tensor | None = None) -> Tensor:

@@ -1,0 +1,178 @@
+"""The hybrid loss of ready log-probs: terms summed with their weights, metrics, and the controller's signals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..objectives import HybridObjective
+from ..signals import Signals
+from ..types import Denominators, HybridLoss, TokenBatch
+from .terms import Segments, Tokens, kl_terms, policy_terms, sequence_weights, supervised_slope
+
+METRICS = ("ratio_mean", "ratio_max", "approx_kl", "effective_update_ratio", "clip_fraction", "cancellation_residual")
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Every term of a batch before it is summed; shared by the loss, its slope and the signals."""
+
+    tokens: Tokens
+    logp_N: Tensor
+    expert_N: Tensor
+    policy_N: Tensor  # value of the policy term, rollout weight included
+    kl_N: Tensor
+    entropy_N: Tensor
+    supervised_N: Tensor
+    cs_N: Tensor  # slope of the supervised term
+    cr_N: Tensor  # slope of the policy branch as applied: policy term and KL
+    policy_weight_S: Tensor
+    expert_weight_S: Tensor
+    seen: dict[str, Tensor]
+
+
+def _terms(
+    logprobs: Tensor, batch: TokenBatch, objective: HybridObjective, entropy: Tensor | None,
+    denominators: Denominators | None, supervised_N: Tensor | None,
+) -> _Terms:  # fmt: skip
+    denominators = denominators or Denominators()
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    tokens = Tokens.of(batch, dtype)
+    segments, expert_N = tokens.segments, tokens.live_N & ~tokens.policy_N
+    logp_N = torch.where(tokens.live_N, logprobs.reshape(-1).to(dtype), 0.0)
+    policy_N, cr_N, seen = policy_terms(logp_N, tokens, objective)
+    kl_N = entropy_N = torch.zeros_like(logp_N)
+    if tokens.ref_N is not None:
+        kl_N, kl_slope_N = kl_terms(logp_N, tokens, objective)
+        cr_N = cr_N + objective.kl_coef * kl_slope_N if objective.kl_coef else cr_N
+    if entropy is not None:
+        entropy_N = torch.where(tokens.policy_N, entropy.reshape(-1).to(dtype), 0.0)
+    cs_N = supervised_slope(logp_N, objective)
+    if supervised_N is None:
+        supervised_N = cs_N * torch.where(cs_N == 0, 0.0, logp_N)  # phi logp is 0 at p = 0, never nan
+    norm = _norm_length(objective, segments)
+    counts = (segments.sum(branch_N.to(dtype)) for branch_N in (tokens.policy_N, expert_N))
+    a_S = sequence_weights(objective.aggregation, next(counts), norm, denominators.policy)
+    b_S = sequence_weights(objective.supervised_aggregation, next(counts), norm, denominators.supervised)
+    return _Terms(tokens, logp_N, expert_N, policy_N, kl_N, entropy_N, supervised_N, cs_N, cr_N, a_S, b_S, seen)
+
+
+def _norm_length(objective: HybridObjective, segments: Segments) -> float | None:
+    if "seq-mean-token-sum-norm" not in (objective.aggregation, objective.supervised_aggregation):
+        return None
+    return objective.norm_length or float(segments.length)
+
+
+def hybrid_loss(
+    logprobs: Tensor,
+    batch: TokenBatch,
+    objective: HybridObjective,
+    mu: float | Tensor,
+    *,
+    entropy: Tensor | None = None,
+    sum_sq: Tensor | None = None,
+    denominators: Denominators | None = None,
+    supervised_loss_N: Tensor | None = None,
+) -> HybridLoss:
+    """:func:`gac_kernels.hybrid_loss` in eager PyTorch, differentiable by autograd in ``logprobs`` and ``entropy``.
+
+    ``supervised_loss_N`` replaces the supervised term of each token (GIFT, whose term needs the logits).
+    """
+    t = _terms(logprobs, batch, objective, entropy, denominators, supervised_loss_N)
+    return _summed(t, batch, objective, mu, entropy, sum_sq)
+
+
+def _summed(
+    t: _Terms, batch: TokenBatch, objective: HybridObjective, mu: float | Tensor, entropy: Tensor | None, sum_sq: Tensor | None
+) -> HybridLoss:
+    segments, policy_N, logp_N = t.tokens.segments, t.tokens.policy_N, t.logp_N
+    mu = torch.as_tensor(mu, dtype=logp_N.dtype, device=logp_N.device).detach()
+
+    def total(value_N: Tensor, weight_S: Tensor, where_N: Tensor) -> Tensor:
+        return (segments.sum(torch.where(where_N, value_N, 0.0)) * weight_S).sum()
+
+    policy, kl, ent = (total(value_N, t.policy_weight_S, policy_N) for value_N in (t.policy_N, t.kl_N, t.entropy_N))
+    supervised = total(t.supervised_N, t.expert_weight_S, t.expert_N)
+    return HybridLoss(
+        loss=(1.0 - mu) * (policy + objective.kl_coef * kl - objective.entropy_coef * ent) + mu * supervised,
+        policy_loss=policy.detach(),
+        supervised_loss=supervised.detach(),
+        kl=kl.detach(),
+        entropy=ent.detach(),
+        logprobs=logp_N.detach().view(batch.targets.shape),
+        token_entropy=None if entropy is None else torch.where(batch.mask, entropy.detach(), 0.0),
+        signals=_signals(t, objective, sum_sq),
+        metrics=_metrics(t),
+    )
+
+
+@torch.no_grad()
+def token_loss(
+    logprobs: Tensor,
+    batch: TokenBatch,
+    objective: HybridObjective,
+    mu: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    sum_sq: Tensor | None = None,
+    denominators: Denominators | None = None,
+) -> tuple[HybridLoss, Tensor, Tensor]:
+    """The loss with its gradients by the slopes written out, not by autograd: what the operator returns.
+
+    Returns the HybridLoss, ``d loss / d logprobs`` and ``d loss / d entropy``, both flat ``(N,)``.
+    """
+    t = _terms(logprobs, batch, objective, entropy, denominators, None)
+    a_N = torch.where(t.tokens.policy_N, t.tokens.segments.expand((1.0 - mu) * t.policy_weight_S), 0.0)
+    b_N = torch.where(t.expert_N, t.tokens.segments.expand(mu * t.expert_weight_S), 0.0)
+    slope_N = torch.where(t.tokens.policy_N, a_N * t.cr_N, 0.0) + torch.where(t.expert_N, b_N * t.cs_N, 0.0)
+    out = _summed(t, batch, objective, mu, entropy, sum_sq)
+    return out, slope_N, -objective.entropy_coef * a_N
+
+
+def _metrics(t: _Terms) -> dict[str, Tensor]:
+    policy_N, seen = t.tokens.policy_N, t.seen
+    count = policy_N.sum().clamp(min=1)
+
+    def mean(value_N: Tensor) -> Tensor:
+        return torch.where(policy_N, value_N, 0.0).sum() / count
+
+    metrics = {
+        "ratio_mean": mean(seen["ratio"]),
+        "ratio_max": torch.cat([torch.where(policy_N, seen["ratio"], 0.0), t.logp_N.new_zeros(1)]).amax().detach(),
+        "approx_kl": mean(seen["log_ratio"].exp() - 1.0 - seen["log_ratio"]),
+    }
+    if "update" in seen:
+        metrics["effective_update_ratio"] = mean(seen["update"])
+    if "clipped" in seen:
+        metrics["clip_fraction"] = mean(seen["clipped"].to(t.logp_N.dtype))
+        metrics["effective_update_ratio"] = mean((~seen["clipped"]).to(t.logp_N.dtype))
+    if "residual" in seen:
+        metrics["cancellation_residual"] = seen["residual"]
+    return metrics
+
+
+def _signals(t: _Terms, objective: HybridObjective, sum_sq: Tensor | None) -> Signals:
+    segments, live_N, policy_N = t.tokens.segments, t.tokens.live_N, t.tokens.policy_N
+    logp_N, cs_N, cr_N = t.logp_N.detach(), t.cs_N, torch.where(policy_N, t.cr_N, 0.0)
+    if sum_sq is None:
+        n_N = torch.zeros_like(logp_N)
+    else:
+        n_N = 1.0 - 2.0 * logp_N.exp() + torch.where(live_N, sum_sq.detach().reshape(-1).to(logp_N.dtype), 0.0)
+    own_N, diff_N = torch.where(policy_N, cr_N, cs_N), cs_N - cr_N
+    count_S = segments.sum(live_N.to(logp_N.dtype))
+    advantage_S = segments.sum(t.tokens.advantages_N) / count_S.clamp(min=1.0)
+    columns = (
+        -logp_N, None, diff_N.square(), cs_N, cr_N, cs_N.square(), cr_N.square(), cs_N * cr_N,
+        own_N.square() * n_N, diff_N.square() * n_N,
+    )  # fmt: skip
+    sums = [advantage_S if c is None else segments.sum(torch.where(live_N, c, 0.0)) for c in columns]
+    rows = torch.stack([(t.tokens.expert_S & (count_S > 0)).to(logp_N.dtype), count_S, *sums], dim=-1)
+    return Signals(
+        rows=rows,
+        has_sum_sq=sum_sq is not None,
+        policy_aggregation=objective.aggregation,
+        supervised_aggregation=objective.supervised_aggregation,
+        norm_length=_norm_length(objective, segments),
+    )
