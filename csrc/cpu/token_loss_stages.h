@@ -1,0 +1,345 @@
+// The stages of the token-level loss, written once for a lane type V: the body of every instruction set's unit.
+#pragma once
+
+#include "../math/terms.h"
+#include "token_loss.h"
+
+namespace GAC_NAMESPACE {
+
+using gac::SequenceCoupling;
+using gac::Streams;
+using gac::TokenLoss;
+using gac::TokenLossParameters;
+
+// Lanes are summed in V for this many tokens, then flushed into float64: the order is fixed by a token's place in its
+// sequence alone, so that neither threads nor neighbours nor padding on the right change a bit of a sequence's results.
+constexpr int64_t kBlock = 256;
+
+template <class T>
+GAC_INLINE Streams<T> advance(const Streams<T>& s, int64_t i) {
+    auto at = [i](auto* p) { return p ? p + i : p; };
+    return {at(s.mask), at(s.logp), at(s.old), at(s.reference), at(s.rollout), at(s.entropy), at(s.sum_sq),
+            at(s.advantage), at(s.logp_out), at(s.slope), at(s.entropy_slope)};
+}
+
+// The last tokens of a sequence, too few for a vector, copied to where a whole vector can be read and written; the
+// lanes beyond them are masked.
+template <class V>
+struct Tail {
+    using T = typename V::Scalar;
+    static constexpr int L = V::Lanes;
+    uint8_t mask[L];
+    T in[7][L], out[3][L];
+
+    Streams<T> gather(const Streams<T>& s, int64_t n) {
+        auto copy = [n](const auto* from, auto* to) {
+            for (int i = 0; i < L; ++i) to[i] = from && i < n ? from[i] : 0;
+            return from ? to : nullptr;
+        };
+        return {copy(s.mask, mask), copy(s.logp, in[0]), copy(s.old, in[1]), copy(s.reference, in[2]),
+                copy(s.rollout, in[3]), copy(s.entropy, in[4]), copy(s.sum_sq, in[5]), copy(s.advantage, in[6]),
+                s.logp_out ? out[0] : nullptr, s.slope ? out[1] : nullptr, s.entropy_slope ? out[2] : nullptr};
+    }
+    void scatter(const Streams<T>& s, int64_t n) const {
+        T* const to[3] = {s.logp_out, s.slope, s.entropy_slope};
+        for (int k = 0; k < 3; ++k)
+            for (int64_t i = 0; to[k] && i < n; ++i) to[k][i] = out[k][i];
+    }
+};
+
+// Sums of K quantities over a sequence: lanes of V inside a block, lanes of double over the blocks.
+template <class V, int K>
+struct LaneSums {
+    double lanes[K][V::Lanes];
+
+    LaneSums() : lanes{} {}
+    GAC_INLINE void flush(const V (&block)[K]) {
+        for (int k = 0; k < K; ++k) block[k].add_to(lanes[k]);
+    }
+    double operator[](int k) const {
+        double sum = 0;
+        for (int i = 0; i < V::Lanes; ++i) sum += lanes[k][i];
+        return sum;
+    }
+};
+
+// Calls step(streams, i, block_sums) for the vectors of n tokens, in order. `step` is inlined once: the outer of the two
+// inner loops runs a second time for the tail.
+template <class V, int K, class Step>
+GAC_INLINE void for_each_vector(const Streams<typename V::Scalar>& s, int64_t n, LaneSums<V, K>& sums, Step step) {
+    constexpr int64_t L = V::Lanes;
+    for (int64_t block = 0; block < n; block += kBlock) {
+        const Streams<typename V::Scalar> whole = advance(s, block);
+        const int64_t length = n - block < kBlock ? n - block : kBlock;
+        const int64_t rest = length % L, full = length - rest;
+        V block_sums[K];
+        for (int k = 0; k < K; ++k) block_sums[k] = V(0);
+        Tail<V> tail;
+        Streams<typename V::Scalar> at = whole;
+        for (int64_t stop = full, left = rest;; stop = L, left = 0) {
+            for (int64_t i = 0; i < stop; i += L) step(at, i, block_sums);
+            if (left == 0) break;
+            at = tail.gather(advance(whole, full), rest);
+        }
+        if (rest) tail.scatter(advance(whole, full), rest);
+        sums.flush(block_sums);
+    }
+}
+
+template <class V>
+GAC_INLINE V old_logprobs(const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, V logp) {
+    return at.old ? V::load(at.old + i, live) : on_policy_old(logp);
+}
+
+template <class V>
+GAC_INLINE V advantage_of(const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, V of_sequence) {
+    return at.advantage ? V::load(at.advantage + i, live) : of_sequence;
+}
+
+template <class T>
+GAC_INLINE double sequence_advantage(const TokenLoss<T>& p, int64_t s) {
+    return p.advantages ? static_cast<double>(p.advantages[s]) : __builtin_nan("");  // a demonstration-only batch has none
+}
+
+// Masked tokens, and sequences that have no other: zeros everywhere.
+template <class T>
+void write_zeros(const TokenLoss<T>& p, int64_t s) {
+    T* const outputs[3] = {p.streams.logp_out, p.streams.slope, p.streams.entropy_slope};
+    for (T* out : outputs)
+        for (int64_t i = p.bounds[s]; out && i < p.bounds[s + 1]; ++i) out[i] = 0;
+    for (int c = 0; c < kColumns; ++c) p.rows[s * kColumns + c] = 0;
+    for (double& sum : p.sums[s]) sum = 0;
+}
+
+template <class V, bool Phi>
+void evaluate_expert(const TokenLoss<typename V::Scalar>& p, int64_t s) {
+    using T = typename V::Scalar;
+    enum { Loss, Logp, Cs, Cs2, Norm, K };
+    const V scale(p.scale[s]);
+    LaneSums<V, K> sums;
+    for_each_vector<V>(
+        advance(p.streams, p.bounds[s]), p.bounds[s + 1] - p.bounds[s], sums,
+        [&](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
+            const auto live = V::live(at.mask + i);
+            const V logp = V::load(at.logp + i, live);
+            const V p1 = Phi || at.sum_sq ? exp(logp) : V(0);
+            const V cs = Phi ? phi_slope(p1) : select(live, V(-1), V(0));  // phi is 0 where logp = 0
+            const V cs2 = cs * cs;
+            logp.store(at.logp_out + i);
+            (scale * cs).store(at.slope + i);
+            if (at.entropy_slope) V(0).store(at.entropy_slope + i);
+            sum[Loss] = sum[Loss] + (Phi ? supervised_loss(cs, logp) : -logp);
+            sum[Logp] = sum[Logp] + logp;
+            sum[Cs] = sum[Cs] + cs;
+            sum[Cs2] = sum[Cs2] + cs2;
+            if (at.sum_sq) {
+                const V norm = fma(V(-2), p1, V(1) + V::load(at.sum_sq + i, live));
+                sum[Norm] = fma(cs2, norm, sum[Norm]);
+            }
+        });
+    const T row[kColumns] = {1, static_cast<T>(p.counts[s]), static_cast<T>(-sums[Logp]), 0, static_cast<T>(sums[Cs2]),
+                             static_cast<T>(sums[Cs]), 0, static_cast<T>(sums[Cs2]), 0, 0, static_cast<T>(sums[Norm]),
+                             static_cast<T>(sums[Norm])};
+    for (int c = 0; c < kColumns; ++c) p.rows[s * kColumns + c] = row[c];
+    for (double& sum : p.sums[s]) sum = 0;
+    p.sums[s][kSumLoss] = sums[Loss];
+}
+
+// `Extras`: any of reference, rollout, entropy, sum_sq and one advantage a token is there. The plain loop does not look.
+template <class V, class Policy, bool Extras>
+void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
+    using T = typename V::Scalar;
+    enum {
+        Loss, Logp, Cs, Cr, Cs2, Cr2, CsCr, Disagreement, RatioSum, ApproxKl, Update, Clipped,
+        Kl, Entropy, Advantage, OwnNorm, DiffNorm, All, K = Extras ? All : Kl
+    };
+    const TokenLossParameters& o = p.parameters;
+    const Policy policy({o.p0, o.p1, o.p2});
+    const bool phi = o.phi, kl_ratio_weighted = o.kl_ratio_weighted;
+    const int kl_estimator = o.kl_estimator;
+    const double advantage_s = sequence_advantage(p, s);
+    const V advantage_S(advantage_s), scale(p.scale[s]), kl_coef(o.kl_coef), entropy_slope(-p.scale[s] * o.entropy_coef);
+    const Coupling<V> coupling = Policy::Coupled ? Coupling<V>{V(p.coupling[s].weight), V(p.coupling[s].gain)}
+                                                 : Coupling<V>{V(0), V(0)};
+    V ratio_max(0);
+    LaneSums<V, K> sums;
+    for_each_vector<V>(
+        advance(p.streams, p.bounds[s]), p.bounds[s + 1] - p.bounds[s], sums,
+        [&](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
+            const auto live = V::live(at.mask + i);
+            const V logp = V::load(at.logp + i, live);
+            const V advantage = Extras ? advantage_of(at, i, live, advantage_S) : advantage_S;
+            const Ratio<V> r = importance_ratio(logp, old_logprobs(at, i, live, logp));
+            const PolicyTerm<V> term = policy(logp, advantage, r, coupling);
+
+            V loss = term.loss, cr = select(live, term.slope, V(0));
+            if constexpr (Extras) {
+                if (at.rollout) {
+                    const V weight = V::load(at.rollout + i, live);
+                    loss = loss * weight;
+                    if (!Policy::SlopeOfSequence) cr = cr * weight;
+                }
+                if (at.reference) {
+                    const V reference = V::load(at.reference + i, live);
+                    const KlTerm<V> kl = kl_term(kl_estimator, kl_ratio_weighted, logp, reference, r);
+                    cr = add_where(cr, live, kl_coef * kl.slope);
+                    sum[Kl] = add_where(sum[Kl], live, kl.loss);
+                }
+            }
+            const V p1 = phi || (Extras && at.sum_sq) ? exp(logp) : V(0);
+            const V cs = phi ? phi_slope(p1) : select(live, V(-1), V(0));
+            const V difference = cs - cr;
+
+            logp.store(at.logp_out + i);
+            (scale * cr).store(at.slope + i);
+
+            sum[Loss] = add_where(sum[Loss], live, loss);
+            sum[Logp] = sum[Logp] + logp;
+            sum[Cs] = sum[Cs] + cs;
+            sum[Cr] = sum[Cr] + cr;
+            sum[Cs2] = fma(cs, cs, sum[Cs2]);
+            sum[Cr2] = fma(cr, cr, sum[Cr2]);
+            sum[CsCr] = fma(cs, cr, sum[CsCr]);
+            sum[Disagreement] = fma(difference, difference, sum[Disagreement]);
+            sum[ApproxKl] = sum[ApproxKl] + r.k3;  // 0 where masked: the log-ratio is
+            if (!Policy::Coupled) {
+                sum[RatioSum] = add_where(sum[RatioSum], live, r.value);
+                ratio_max = greater(ratio_max, select(live, r.value, V(0)));
+            }
+            if (Policy::Updates) sum[Update] = add_where(sum[Update], live, term.update);
+            if (Policy::Clips) sum[Clipped] = add_where(sum[Clipped], live, select(term.clipped, V(1), V(0)));
+            if constexpr (Extras) {
+                if (at.entropy) {
+                    sum[Entropy] = sum[Entropy] + V::load(at.entropy + i, live);
+                    select(live, entropy_slope, V(0)).store(at.entropy_slope + i);
+                }
+                if (at.advantage) sum[Advantage] = sum[Advantage] + advantage;
+                if (at.sum_sq) {
+                    const V norm = fma(V(-2), p1, V(1) + V::load(at.sum_sq + i, live));
+                    sum[OwnNorm] = fma(select(live, norm, V(0)), cr * cr, sum[OwnNorm]);
+                    sum[DiffNorm] = fma(select(live, norm, V(0)), difference * difference, sum[DiffNorm]);
+                }
+            }
+        });
+
+    const double count = static_cast<double>(p.counts[s]);
+    double* const out = p.sums[s];
+    const double row[kColumns] = {0, count, -sums[Logp], advantage_s, sums[Disagreement], sums[Cs], sums[Cr], sums[Cs2],
+                                  sums[Cr2], sums[CsCr], 0, 0};
+    for (int c = 0; c < kColumns; ++c) p.rows[s * kColumns + c] = static_cast<T>(row[c]);
+    out[kSumLoss] = sums[Loss];
+    out[kSumKl] = out[kSumEntropy] = 0;
+    out[kSumApproxKl] = sums[ApproxKl];
+    out[kSumClipped] = sums[Clipped];
+    out[kSumUpdate] = Policy::Updates ? sums[Update] : count - sums[Clipped];
+    if (Policy::Coupled) {
+        out[kMaxRatio] = p.coupling[s].weight;
+        out[kSumRatio] = p.coupling[s].weight * count;
+    } else {
+        T lane[V::Lanes];
+        ratio_max.store(lane);
+        T largest = lane[0];
+        for (T x : lane) largest = x > largest ? x : largest;
+        out[kSumRatio] = sums[RatioSum];
+        // The maximum above loses a nan, the sum cannot: ratios are bounded.
+        out[kMaxRatio] = sums[RatioSum] == sums[RatioSum] ? static_cast<double>(largest) : sums[RatioSum];
+    }
+    if constexpr (Extras) {
+        T* const extra = p.rows + s * kColumns;
+        if (p.streams.advantage) extra[kColAdvantage] = static_cast<T>(sums[Advantage] / count);
+        extra[kColOwnNorm] = static_cast<T>(sums[OwnNorm]);
+        extra[kColDiffNorm] = static_cast<T>(sums[DiffNorm]);
+        out[kSumKl] = sums[Kl];
+        out[kSumEntropy] = sums[Entropy];
+    }
+}
+
+template <class V, class Policy>
+void evaluate_policy(const TokenLoss<typename V::Scalar>& p, int64_t begin, int64_t end) {
+    const auto& t = p.streams;
+    const bool extras = t.reference || t.rollout || t.entropy || t.sum_sq || t.advantage;
+    for (int64_t s = begin; s < end; ++s) {
+        if (p.counts[s] == 0) {
+            write_zeros(p, s);
+        } else if (p.expert[s]) {
+            p.parameters.phi ? evaluate_expert<V, true>(p, s) : evaluate_expert<V, false>(p, s);
+        } else {
+            extras ? evaluate_rollout<V, Policy, true>(p, s) : evaluate_rollout<V, Policy, false>(p, s);
+        }
+    }
+}
+
+template <class V>
+struct Stages {
+    using T = typename V::Scalar;
+
+    static void count(const TokenLoss<T>& p, int64_t begin, int64_t end) {
+        for (int64_t s = begin; s < end; ++s)
+            p.counts[s] = count_live(p.streams.mask + p.bounds[s], p.bounds[s + 1] - p.bounds[s]);
+    }
+
+    // weight = exp of the mean (or, bounded, of the sum) of the log-ratios; GSPO's gain follows from it.
+    static void couple(const TokenLoss<T>& p, int64_t begin, int64_t end) {
+        const TokenLossParameters& o = p.parameters;
+        const bool product = o.policy == kDfpo && o.p1 != 0;
+        for (int64_t s = begin; s < end; ++s) {
+            SequenceCoupling& c = p.coupling[s];
+            c = {0, 0, 0};
+            if (p.expert[s] || p.counts[s] == 0) continue;
+            enum { LogRatio, Advantage, K };
+            LaneSums<V, K> sums;
+            for_each_vector<V>(
+                inputs(p, s), p.bounds[s + 1] - p.bounds[s], sums,
+                [](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
+                    const auto live = V::live(at.mask + i);
+                    const V logp = V::load(at.logp + i, live);
+                    const V raw = logp - old_logprobs(at, i, live, logp);
+                    sum[LogRatio] = sum[LogRatio] + clamp(raw, V(-20), V(20));
+                    if (at.advantage) sum[Advantage] = sum[Advantage] + V::load(at.advantage + i, live);
+                });
+            const double count = static_cast<double>(p.counts[s]), total = sums[LogRatio];
+            const double bounded = total > 20 ? 20 : total < -20 ? -20 : total;
+            c.weight = __builtin_exp(product ? bounded : total / count);
+            c.advantage = p.streams.advantage ? sums[Advantage] / count : sequence_advantage(p, s);
+            if (o.policy == kGspo) c.gain = c.weight / count * gspo_force(p, s);
+        }
+    }
+
+    // Sum over the sequence's tokens of -rollout_weight A where the clip lets the slope through: d loss / d s.
+    static double gspo_force(const TokenLoss<T>& p, int64_t s) {
+        const GspoTerm<V> policy({p.parameters.p0, p.parameters.p1, 0});
+        const V weight(p.coupling[s].weight), advantage_S(sequence_advantage(p, s));
+        LaneSums<V, 1> force;
+        for_each_vector<V>(
+            inputs(p, s), p.bounds[s + 1] - p.bounds[s], force,
+            [&](const Streams<T>& at, int64_t i, V(&sum)[1]) __attribute__((always_inline)) {
+                const auto live = V::live(at.mask + i);
+                const V advantage = advantage_of(at, i, live, advantage_S);
+                const V rollout = at.rollout ? V::load(at.rollout + i, live) : V(1);
+                const auto through = live & invert(policy.surrogate.clipped(weight, advantage));
+                sum[0] = add_where(sum[0], through, -advantage * rollout);
+            });
+        return force[0];
+    }
+
+    static Streams<T> inputs(const TokenLoss<T>& p, int64_t s) {
+        Streams<T> only = p.streams;
+        only.logp_out = only.slope = only.entropy_slope = nullptr;
+        return advance(only, p.bounds[s]);
+    }
+
+    static void evaluate(const TokenLoss<T>& p, int64_t begin, int64_t end) {
+        switch (p.parameters.policy) {
+            case kSigmoid: return evaluate_policy<V, SapoTerm<V, SigmoidGate>>(p, begin, end);
+            case kErf: return evaluate_policy<V, SapoTerm<V, ErfGate>>(p, begin, end);
+            case kArctan: return evaluate_policy<V, SapoTerm<V, ArctanGate>>(p, begin, end);
+            case kSoftsign: return evaluate_policy<V, SapoTerm<V, SoftsignGate>>(p, begin, end);
+            case kGrpo: return evaluate_policy<V, GrpoTerm<V>>(p, begin, end);
+            case kCispo: return evaluate_policy<V, CispoTerm<V>>(p, begin, end);
+            case kGspo: return evaluate_policy<V, GspoTerm<V>>(p, begin, end);
+            default: return evaluate_policy<V, DfpoTerm<V>>(p, begin, end);
+        }
+    }
+};
+
+}  // namespace GAC_NAMESPACE

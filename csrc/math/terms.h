@@ -1,0 +1,181 @@
+// Every objective as a function of one token that returns (loss, slope), slope = d loss / d logp.
+#pragma once
+
+#include "codes.h"
+#include "gates.h"
+
+namespace GAC_NAMESPACE {
+
+// Static parameters of the policy term, as gac_kernels.library.encode lays them out.
+struct PolicyParameters {
+    double p0, p1, p2;
+};
+
+// The importance ratio of a token, from log_ratio = clamp(logp - old, -20, 20).
+template <class V>
+struct Ratio {
+    V log, value, minus_one, k3;  // k3 = r - 1 - log r
+    MaskOf<V> alive;              // where the clamp lets the slope through
+};
+
+template <class V>
+GAC_INLINE Ratio<V> importance_ratio(V logp, V old) {
+    const V raw = logp - old;
+    const V log = clamp(raw, V(-20), V(20));
+    const ExpParts<V> e = exp_parts(log);
+    return {log, e.exp, e.minus_one, e.minus_one_minus_x, raw == log};
+}
+
+// Without old log-probs: old = logp held constant, so r = 1 with its slope alive; an infinite logp meets the clamp.
+template <class V>
+GAC_INLINE V on_policy_old(V logp) {
+    return select(abs(logp) == V(__builtin_huge_val()), V(0), logp);
+}
+
+// What the sequence-coupled terms were given for the sequence: GSPO: weight = s, gain = d (sum of the sequence's loss)
+// / d log_ratio of any one token. DFPO: weight = w, gain = the transformed weight.
+template <class V>
+struct Coupling {
+    V weight, gain;
+};
+
+template <class V>
+struct PolicyTerm {
+    V loss, slope;
+    V update;           // f'(r) of a gate, 1 where nothing was clipped, 0 where something was
+    MaskOf<V> clipped;  // where a clip acts
+};
+
+template <class V>
+GAC_INLINE MaskOf<V> never(V x) {
+    return x < x;
+}
+
+// Each term is built once a sequence and called once a token. `Coupled`: needs sums over the sequence first.
+// `SlopeOfSequence`: the slope already holds the rollout weights of the sequence's tokens.
+template <class V, class Gate>
+struct SapoTerm {
+    static constexpr bool Coupled = false, SlopeOfSequence = false, Clips = false, Updates = true;
+    V tau_pos, tau_neg;
+
+    explicit GAC_INLINE SapoTerm(const PolicyParameters& p) : tau_pos(p.p0), tau_neg(p.p1) {}
+
+    GAC_INLINE PolicyTerm<V> operator()(V, V advantage, const Ratio<V>& r, const Coupling<V>&) const {
+        const GateValue<V> f = Gate::at(r.minus_one, select(advantage > V(0), tau_pos, tau_neg));
+        const V slope = select(r.alive, -advantage * (f.slope * r.value), V(0));
+        return {-advantage * f.value, slope, f.slope, never(r.value)};
+    }
+};
+
+// -min(r A, clip(r) A), its first r bounded by `bound`, and where the clip has taken the gradient away.
+template <class V>
+struct ClippedSurrogate {
+    V low, high, bound;
+
+    GAC_INLINE V loss(V ratio, V advantage) const {
+        const V first = lesser(bound, ratio) * advantage, second = clamp(ratio, low, high) * advantage;
+        return -lesser(first, second);
+    }
+    GAC_INLINE MaskOf<V> clipped(V ratio, V advantage) const {
+        return ((advantage > V(0)) & (ratio > high)) | ((advantage < V(0)) & ((ratio < low) | (ratio > bound)));
+    }
+};
+
+template <class V>
+struct GrpoTerm {
+    static constexpr bool Coupled = false, SlopeOfSequence = false, Clips = true, Updates = false;
+    ClippedSurrogate<V> surrogate;
+
+    explicit GAC_INLINE GrpoTerm(const PolicyParameters& p)
+        : surrogate{V(1 - p.p0), V(1 + p.p1), V(p.p2 > 0 ? p.p2 : __builtin_huge_val())} {}
+
+    GAC_INLINE PolicyTerm<V> operator()(V, V advantage, const Ratio<V>& r, const Coupling<V>&) const {
+        const MaskOf<V> clipped = surrogate.clipped(r.value, advantage);
+        const V slope = select(r.alive & invert(clipped), -advantage * r.value, V(0));
+        return {surrogate.loss(r.value, advantage), slope, V(0), clipped};
+    }
+};
+
+template <class V>
+struct CispoTerm {
+    static constexpr bool Coupled = false, SlopeOfSequence = false, Clips = true, Updates = false;
+    V high;
+
+    explicit GAC_INLINE CispoTerm(const PolicyParameters& p) : high(p.p0) {}
+
+    GAC_INLINE PolicyTerm<V> operator()(V logp, V advantage, const Ratio<V>& r, const Coupling<V>&) const {
+        const V slope = -lesser(high, r.value) * advantage;
+        return {slope * logp, slope, V(0), r.value > high};
+    }
+};
+
+template <class V>
+struct GspoTerm {
+    static constexpr bool Coupled = true, SlopeOfSequence = true, Clips = true, Updates = false;
+    ClippedSurrogate<V> surrogate;
+
+    explicit GAC_INLINE GspoTerm(const PolicyParameters& p)
+        : surrogate{V(1 - p.p0), V(1 + p.p1), V(__builtin_huge_val())} {}
+
+    GAC_INLINE PolicyTerm<V> operator()(V, V advantage, const Ratio<V>& r, const Coupling<V>& c) const {
+        const V slope = select(r.alive, c.gain, V(0));
+        return {surrogate.loss(c.weight, advantage), slope, V(0), surrogate.clipped(c.weight, advantage)};
+    }
+};
+
+template <class V>
+struct DfpoTerm {
+    static constexpr bool Coupled = true, SlopeOfSequence = false, Clips = false, Updates = false;
+
+    explicit GAC_INLINE DfpoTerm(const PolicyParameters&) {}
+
+    GAC_INLINE PolicyTerm<V> operator()(V logp, V advantage, const Ratio<V>& r, const Coupling<V>& c) const {
+        const V slope = -c.gain * advantage;
+        return {slope * logp, slope, V(0), never(r.value)};
+    }
+};
+
+template <class V>
+struct KlTerm {
+    V loss, slope;
+};
+
+// The KL penalty, d = clamp(ref - logp, -20, 20) (http://joschu.net/blog/kl-approx.html). The input is clamped, not the
+// output, so that the slope stays finite. `ratio_weighted` multiplies by r, with r's gradient.
+template <class V>
+GAC_INLINE KlTerm<V> kl_term(int estimator, bool ratio_weighted, V logp, V reference, const Ratio<V>& r) {
+    const V raw = reference - logp;
+    const V d = clamp(raw, V(-20), V(20));
+    V loss, slope;
+    if (estimator == kK1) {
+        loss = -d;
+        slope = V(1);
+    } else if (estimator == kK2) {
+        loss = d * d * V(0.5);
+        slope = -d;
+    } else {
+        const ExpParts<V> e = exp_parts(d);
+        loss = e.minus_one_minus_x;
+        slope = -e.minus_one;
+    }
+    slope = select(raw == d, slope, V(0));
+    if (ratio_weighted) {
+        slope = fma(select(r.alive, loss, V(0)), r.value, slope * r.value);
+        loss = loss * r.value;
+    }
+    return {loss, slope};
+}
+
+// c_s = -phi, phi = p (1 - p) (CHORD, arXiv 2508.11408), in a form that keeps its relative precision at p -> 1.
+template <class V>
+GAC_INLINE V phi_slope(V p) {
+    return p * (p - V(1));
+}
+
+// The supervised loss c_s logp; at p = 0 it is 0, not 0 * -inf.
+template <class V>
+GAC_INLINE V supervised_loss(V slope, V logp) {
+    return slope * select(slope == V(0), V(0), logp);
+}
+
+}  // namespace GAC_NAMESPACE

@@ -1,0 +1,38 @@
+// Fills the CPU slots of the operators that gac_kernels/library.py defines. Implementations only, through the LibTorch
+// stable ABI and the limited Python API: one binary serves every torch from 2.10 on and every Python from 3.10 on.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <exception>
+
+#include "cpu/token_loss_op.h"
+
+STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) { m.impl("token_loss", TORCH_BOX(&gac::token_loss)); }
+
+namespace {
+
+PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(gac::instruction_set()); }
+
+PyMethodDef methods[] = {
+    {"instruction_set", instruction_set, METH_NOARGS,
+     "The instruction set the kernels run with: 'avx512', 'avx2' or 'portable'. GAC_KERNELS_ISA lowers it."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "CPU kernels of gac_kernels; loading it fills the operators' CPU slots.", -1, methods,
+    nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C(void) {
+    try {
+        gac::instruction_set();  // settles the choice, and refuses an impossible one, at import
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_ImportError, error.what());
+        return nullptr;
+    }
+    return PyModule_Create(&module);
+}

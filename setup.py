@@ -1,0 +1,121 @@
+"""Builds gac_kernels._C, the CPU kernels: LibTorch stable ABI and limited Python API, one wheel for many of both.
+
+torch is found on disk, not imported, so that an isolated build needs no copy of its own. Where torch's headers or a
+C++ compiler are missing the package installs without the extension and computes on the CPU with its eager reference;
+``gac_kernels.backends()`` tells. Environment:
+
+* ``GAC_KERNELS_REQUIRE_EXT=1``: fail rather than install without the extension;
+* ``GAC_KERNELS_SKIP_EXT=1``: do not try to build it;
+* ``GAC_KERNELS_SANITIZE=1``: build with the address and undefined-behaviour sanitizers (for tests).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has no limited API yet
+
+COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+# One unit an instruction set, chosen at run time. Never -march=native: the wheel may run elsewhere.
+UNIT_FLAGS = {
+    # GCC 12 warns about uninitialised values inside its own AVX-512 header (GCC PR 105593).
+    "token_loss_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-maybe-uninitialized"],
+    "token_loss_avx2.cpp": ["-mavx2", "-mfma"],
+    "token_loss_portable.cpp": ["-Wno-psabi"],  # vectors wider than the machine's are passed in memory: all inlined
+}
+SANITIZE_FLAGS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-g1"]
+
+
+def enabled(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def say(*lines: str) -> None:
+    bar = "*" * 100
+    print(bar, *(f"* {line}" for line in lines), bar, sep="\n", file=sys.stderr, flush=True)
+
+
+def without_extension(why: str) -> None:
+    if enabled("GAC_KERNELS_REQUIRE_EXT"):
+        raise SystemExit(f"gac_kernels: the compiled module cannot be built: {why} (GAC_KERNELS_REQUIRE_EXT is set)")
+    say(
+        f"gac_kernels is installed WITHOUT its compiled CPU kernels: {why}.",
+        "It works, but losses on the CPU run in eager PyTorch, several times slower. To build the kernels:",
+        "install torch >= 2.10 and a C++17 compiler (g++ or clang++), then reinstall gac-kernels",
+        "with GAC_KERNELS_REQUIRE_EXT=1, and with --no-build-isolation if torch was not found.",
+    )
+
+
+def find_torch() -> Path | None:
+    """The directory of the torch package that the build's interpreter would see, in an isolated build too."""
+    spec = importlib.util.find_spec("torch")
+    candidates = list(spec.submodule_search_locations or []) if spec else []
+    for prefix in dict.fromkeys((sys.prefix, sys.base_prefix)):
+        variables = {"base": prefix, "platbase": prefix}
+        candidates += [f"{sysconfig.get_path(name, vars=variables)}/torch" for name in ("purelib", "platlib")]
+    found = (Path(c) for c in candidates if (Path(c) / "include/torch/csrc/stable/library.h").is_file())
+    return next(found, None)
+
+
+class BuildExtension(build_ext):
+    """Gives every unit its own flags, and lets the installation go on without the extension."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_one = getattr(self.compiler, "_compile", None)
+        if compile_one is None:
+            return without_extension(f"the {self.compiler.compiler_type} compiler is not supported")
+
+        def compile_unit(obj, src, ext, cc_args, extra_postargs, pp_opts):  # type: ignore[no-untyped-def]
+            flags = UNIT_FLAGS.get(Path(src).name, []) if X86 else []
+            compile_one(obj, src, ext, cc_args, [*extra_postargs, *flags], pp_opts)
+
+        self.compiler._compile = compile_unit
+        try:
+            super().build_extension(ext)
+        except Exception as error:  # whatever a compiler, a linker or their absence raises: reported, never hidden
+            without_extension(f"compiling it failed: {error}")
+
+
+def extensions() -> list[Extension]:
+    torch = find_torch()
+    if enabled("GAC_KERNELS_SKIP_EXT"):
+        return without_extension("GAC_KERNELS_SKIP_EXT is set") or []
+    if torch is None:
+        return without_extension("the headers of torch >= 2.10 were not found in this environment") or []
+    sanitize = SANITIZE_FLAGS if enabled("GAC_KERNELS_SANITIZE") else []
+    return [
+        Extension(
+            "gac_kernels._C",
+            sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
+            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")) + ["setup.py"],
+            define_macros=[
+                ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+                *([("Py_LIMITED_API", "0x030a0000")] if LIMITED_API else []),
+            ],
+            # -isystem: torch's headers are not ours to keep free of warnings
+            extra_compile_args=[*COMMON_FLAGS, *sanitize, "-isystem", str(torch / "include")],
+            extra_link_args=[*sanitize, *(["-Wl,-s"] if sys.platform == "linux" and not sanitize else [])],
+            library_dirs=[str(torch / "lib")],
+            libraries=["torch_cpu"],
+            language="c++",
+            py_limited_api=LIMITED_API,
+            optional=not enabled("GAC_KERNELS_REQUIRE_EXT"),
+        )
+    ]
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
+)
