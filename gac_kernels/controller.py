@@ -110,20 +110,21 @@ class GuidedAdaptiveController:
             raise TypeError(f"signals must be Signals, got {type(signals).__name__}")
         if signals.rows.device != self._state["mu"].device:
             raise ValueError(f"signals must lie on {self._state['mu'].device}, got {signals.rows.device}")
-        estimator = self.config.estimator
-        if estimator == "logit" and not signals.has_sum_sq:
-            raise ValueError("estimator 'logit' needs signals made with sum_sq (sum p^2), got signals without it")
-        if estimator == "hidden" and signals.hidden is None:
-            raise ValueError("estimator 'hidden' needs signals that carry `hidden` (S, H), got signals without it")
-        # Only what the estimator reads: micro-batches and ranks may differ in the rest, and it need not travel.
+        # Only what the estimator reads is kept: micro-batches and ranks may differ in the rest, and it need not travel.
+        estimator, rows = self.config.estimator, signals.rows.detach()
         if estimator == "logit":
-            signals = replace(signals, rows=signals.rows.detach(), hidden=None)
+            if not signals.has_sum_sq:
+                raise ValueError("estimator 'logit' needs signals made with sum_sq (sum p^2), got signals without it")
+            kept = replace(signals, rows=rows, hidden=None)
+        elif estimator == "hidden":
+            if signals.hidden is None:
+                raise ValueError("estimator 'hidden' needs signals that carry `hidden` (S, H), got signals without it")
+            kept = Signals(rows, hidden=signals.hidden.detach())
         else:
-            hidden = signals.hidden.detach() if estimator == "hidden" and signals.hidden is not None else None
-            signals = Signals(signals.rows.detach(), hidden=hidden)
+            kept = Signals(rows)
         if self._observed:
-            require_alike(self._observed[0], signals)
-        self._observed.append(signals)
+            require_alike(self._observed[0], kept)
+        self._observed.append(kept)
 
     def step(self, kl: Tensor | float | None = None) -> Tensor:
         """End an optimizer step: take in what was observed (every update_every-th time), move mu, and return it.
@@ -134,20 +135,21 @@ class GuidedAdaptiveController:
         """
         refresh = self._step % self.config.update_every == 0
         with torch.inference_mode(False):  # mu enters autograd graphs, which cannot save an inference tensor
-            observed = concatenate(self._observed) if self._observed else None
+            read = refresh or self._target is not None
+            observed = concatenate(self._observed) if self._observed and read else None
             # What can raise or wait comes before the first change of the state.
             if self._target is not None:
-                mean, bad = self._mean_kl(kl, observed)
+                kl_of_all = self._mean_kl(kl, observed)
             if refresh and world_size(self._group) > 1:
                 tag = (self._step, self._fingerprint)
                 observed = gather_signals(observed, self._group, self._state["mu"].device, tag)
             state, ready = dict(self._state), self._ready
             if self._target is not None:
-                _move_alpha(state, self._target, mean, bad)
+                _move_alpha(state, self._target, *kl_of_all)
             if refresh and observed is not None:
                 self._refresh(state, observed)
                 ready = state["measured"].all()
-            if refresh or self._target is not None:
+            if read:
                 state["mu_star"] = self._optimum(state)
             self._move_mu(state, ready)
             self._restore(state, self._step + 1, ready)
@@ -229,8 +231,8 @@ class GuidedAdaptiveController:
         self._mu = state["mu"].float()
         self._observed: list[Signals] = []
 
-    def _mean_kl(self, kl: Tensor | float | None, observed: Signals | None) -> tuple[Tensor, Tensor]:
-        """The KL over all ranks, and how many values of it were not finite: 0-d."""
+    def _mean_kl(self, kl: Tensor | float | None, observed: Signals | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The KL over all ranks, whether it is finite, and how many ranks' was not: 0-d."""
         device = self._state["mu"].device
         if isinstance(kl, Tensor):
             if kl.dim() != 0 or kl.device != device:
@@ -243,7 +245,8 @@ class GuidedAdaptiveController:
         else:
             kl = torch.full((), float(kl), dtype=torch.float64, device=device)
         if world_size(self._group) == 1:
-            return kl, ~(kl.abs() < torch.inf)
+            finite = kl.abs() < torch.inf
+            return kl, finite, ~finite
         tokens = torch.zeros_like(kl) if observed is None else live_policy_tokens(observed)
         return mean_kl(kl, tokens, self._group)
 
@@ -283,9 +286,9 @@ class GuidedAdaptiveController:
         state["mu"] = moved.clamp_(config.mu_min, config.mu_max)
 
 
-def _move_alpha(state: dict[str, Tensor], target: KLTarget, kl: Tensor, bad: Tensor) -> None:
+def _move_alpha(state: dict[str, Tensor], target: KLTarget, kl: Tensor, finite: Tensor, bad: Tensor) -> None:
     """One step of the KL rule; a KL that is not finite is counted and moves nothing."""
     factor = (kl / target.target - 1.0).clamp_(-1.0, 1.0).mul_(target.gain).exp_()
     moved = (state["alpha"] * factor).clamp_(target.low, target.high)
-    state["alpha"] = torch.where(kl.abs() < torch.inf, moved, state["alpha"])
+    state["alpha"] = torch.where(finite, moved, state["alpha"])
     state["skipped"] = state["skipped"] + bad

@@ -113,16 +113,17 @@ def _gather_rows(
     return packed[:, :columns], None if width is None else packed[:, columns:]
 
 
-def mean_kl(kl: Tensor, tokens: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Mean of the ranks' KL weighted by their live RL tokens, and how many ranks' KL was not finite.
+def mean_kl(kl: Tensor, tokens: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean of the ranks' KL weighted by their live RL tokens, whether there is one, how many were not finite), 0-d.
 
-    Arguments and results are float64 0-d; every rank must call. A rank whose KL is not finite is left out, and is counted
-    if it has tokens; one without tokens weighs nothing, whatever its KL. If no rank with a finite KL has tokens, because
-    nobody observed this step, ranks weigh alike. If none is finite, the mean is nan and at least one is counted.
+    Arguments are float64 0-d; every rank must call. A rank whose KL is not finite is left out, and is counted if it has
+    tokens; one without tokens weighs nothing, whatever its KL. If no rank with a finite KL has tokens, because nobody
+    observed this step, ranks weigh alike. If no KL is finite, there is no mean and at least one is counted.
     """
     finite = kl.abs() < torch.inf
     clean, weight = torch.where(finite, kl, 0.0), torch.where(finite, tokens, 0.0)
     terms = torch.stack((clean * weight, weight, clean, finite.double(), (~finite & (tokens > 0)).double()))
     weighted, weights, plain, ranks, bad = all_gather(terms, group).sum(0).unbind()
     mean = torch.where(weights > 0, weighted / weights, plain / ranks)
-    return mean, torch.where(ranks > 0, bad, bad.clamp(min=1.0))
+    any_finite = ranks > 0
+    return mean, any_finite, torch.where(any_finite, bad, bad.clamp(min=1.0))

@@ -1,4 +1,4 @@
-"""A context in which reading a tensor from the host raises: what would wait for a GPU must not be done on a CPU either."""
+"""A context in which reading a tensor from the host raises: what waits for a GPU must not be done on a CPU either."""
 
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -8,11 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators whose result, or whose result's shape, the host must know; and methods that hand values to Python.
 READING_OPERATORS = {
-    "_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "equal", "is_nonzero",
-    "item", "bincount", "repeat_interleave",
+    "_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "equal", "item",
+    "is_nonzero", "bincount", "repeat_interleave",
 }  # fmt: skip
 READING_METHODS = (
-    "item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__",
+    "item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__contains__",
+    "__array__",
 )  # fmt: skip
 
 
@@ -29,10 +30,8 @@ class _Watch(TorchDispatchMode):
         self.operators += 1
         name = func.overloadpacket.__name__
         # x[mask] with a bool mask is a nonzero in disguise.
-        masks = name in ("index", "index_put", "index_put_") and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        if name in READING_OPERATORS or masks:
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if name in READING_OPERATORS or any(i is not None and i.dtype == torch.bool for i in indices):
             raise HostRead(f"{func} reads the device")
         return func(*args, **(kwargs or {}))
 

@@ -101,13 +101,15 @@ def test_exact_zeros(baseline, scale):
     assert advantages([0.1] * 3 + [0.7] * 3 + [0.0, 1.0, 0.5], 3)[:6] == [0.0] * 6
     assert advantages([5.0, 1.0, 2.0], torch.tensor([7, 8, 8]))[0] == 0.0
     assert advantages([math.nan, 1.0, math.inf, 2.0, -math.inf, 4.0], torch.tensor([0, 0, 1, 2, 2, 3])) == [0.0] * 6
-    assert advantages([], 4) == [] and advantages([], torch.tensor([], dtype=torch.int64)) == []
+    assert advantages([], 4) == []
+    assert advantages([], torch.tensor([], dtype=torch.int64)) == []
 
 
 def test_a_nan_reward_leaves_its_group_as_if_it_were_not_there():
     with_nan = gk.group_advantages(torch.tensor([1.0, math.nan, 2.0, 4.0]), 4)
     without = gk.group_advantages(torch.tensor([1.0, 2.0, 4.0]), 3)
-    assert with_nan[[0, 2, 3]].tolist() == without.tolist() and with_nan[1] == 0
+    assert with_nan[[0, 2, 3]].tolist() == without.tolist()
+    assert with_nan[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,9 @@ def test_reads_nothing_from_the_device(groups, scale):
 @pytest.mark.parametrize("groups", [2, torch.zeros(4, dtype=torch.int64, device="meta")])
 def test_runs_where_there_is_nothing_to_read(groups):
     got = gk.group_advantages(torch.zeros(4, device="meta"), groups)
-    assert got.shape == (4,) and got.dtype == torch.float32 and got.device.type == "meta"
+    assert got.shape == (4,)
+    assert got.dtype == torch.float32
+    assert got.device.type == "meta"
 
 
 @pytest.mark.parametrize(

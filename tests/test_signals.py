@@ -142,7 +142,7 @@ def test_trimming_takes_an_infinite_nll_and_never_a_nan():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_znorm_leaves_a_constant_coefficient_as_it_is(dtype):
-    """c_s = -0.1 everywhere: in its own precision the variance from the sums is noise, and no reason to divide by it."""
+    """c_s = -0.1 everywhere: its variance, from sums in their own precision, is noise, and nothing to divide by."""
     sequences = batch(4, 5, 7)
     for s in sequences:
         s.cs_T = np.full(s.tokens, -0.1)
@@ -216,7 +216,8 @@ def test_hidden_estimator_ignores_dead_rows_and_is_never_negative():
     hidden[[s.tokens == 0 for s in sequences]] = math.nan
     hidden[[s.tokens > 0 for s in sequences]] += torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     values = hidden_estimate(Signals(signals_of(sequences).rows, hidden=hidden)).values_3
-    assert values.isfinite().all() and (values >= 0).all()
+    assert values.isfinite().all()
+    assert (values >= 0).all()
 
 
 @settings(max_examples=25, deadline=None)
@@ -228,7 +229,8 @@ def test_micro_batches_add_up_to_one_batch_bit_for_bit(seed, cuts, znorm):
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    assert torch.equal(total.rows, whole.rows) and total.has_sum_sq
+    assert torch.equal(total.rows, whole.rows)
+    assert total.has_sum_sq
     for one, many in zip(
         coefficient_estimate(whole, znorm=znorm), coefficient_estimate(total, znorm=znorm), strict=True
     ):
@@ -239,7 +241,8 @@ def test_micro_batches_add_up_to_one_batch_bit_for_bit(seed, cuts, znorm):
 def test_adding_keeps_hidden_rows_and_promotes():
     a = Signals(torch.ones(2, 12), hidden=torch.zeros(2, 3))
     b = Signals(torch.zeros(1, 12, dtype=torch.float64), hidden=torch.ones(1, 3))
-    assert (a + b).hidden.tolist() == [[0] * 3, [0] * 3, [1] * 3] and (a + b).rows.dtype == torch.float64
+    assert (a + b).hidden.tolist() == [[0] * 3, [0] * 3, [1] * 3]
+    assert (a + b).rows.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -305,7 +308,8 @@ def test_estimators_read_nothing_from_the_device(estimator, znorm):
 @pytest.mark.parametrize(
     "read",
     [
-        lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: float(x[0]), lambda x: x.tolist(), lambda x: x[x > 0],
+        lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: float(x[0]), lambda x: x.tolist(),
+        lambda x: x[x > 0],
         lambda x: torch.nonzero(x), lambda x: torch.where(x > 0), lambda x: int(x[0]), lambda x: x.numpy(),
         lambda x: torch.equal(x, x), lambda x: x.unique(), lambda x: torch.masked_select(x, x > 0),
     ],

@@ -1,0 +1,500 @@
+"""The controller against the published rule in plain Python, and what it promises besides."""
+
+import io
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from host_reads import forbid_host_reads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_controller import PlainController, Row, rows_tensor
+
+import gac_kernels as gk
+from gac_kernels import signals as sig
+from gac_kernels.signals import Signals
+
+NO_PRIOR = gk.ControllerConfig(prior=None)
+
+
+def observed_rows(rng, t):
+    """What a step observes: now and then a branch is missing, a number is nan, or there is nothing at all."""
+    experts, rollouts = rng.choice([(5, 8), (12, 6), (5, 8), (0, 7), (6, 0), (0, 0), (1, 1)])
+    drift = math.sin(t / 40)
+    rows = [Row(True, rng.randint(1, 9), 2 + drift + rng.gauss(0, 1), 0.0, rng.random()) for _ in range(experts)]
+    rows += [Row(False, rng.randint(1, 9), 1.0, rng.gauss(drift, 0.7), rng.random()) for _ in range(rollouts)]
+    rows += [Row(rng.random() < 0.5, 0, 0.0, 0.0, 0.0)]
+    rng.shuffle(rows)
+    victim = rng.choice(rows)
+    if victim.tokens and rng.random() < 0.2:
+        setattr(victim, rng.choice(["nll", "advantage", "disagreement"]), math.nan)
+        if victim.expert:
+            victim.advantage = 0.0
+    return rows
+
+
+def cosine(t):
+    """Linear 0 -> 0.85 in 200 steps, then cosine to 0.15 in 800."""
+    if t <= 200:
+        return 0.85 * t / 200
+    return 0.15 + 0.7 * (1 + math.cos(math.pi * min(t - 200, 800) / 800)) / 2
+
+
+CONFIGS = {
+    "default": (gk.ControllerConfig(), cosine),
+    "reference": (gk.ControllerConfig(smoothing="reference"), cosine),
+    "no prior": (NO_PRIOR, None),
+    "reference, no prior": (replace(NO_PRIOR, smoothing="reference"), None),
+    "constant prior": (gk.ControllerConfig(prior=gk.ConstantPrior(0.3), blend=0.8), lambda t: 0.3),
+    "reference, constant prior": (
+        gk.ControllerConfig(smoothing="reference", prior=gk.ConstantPrior(0.3), update_every=1), lambda t: 0.3,
+    ),
+    "kl": (gk.ControllerConfig(alpha=gk.KLTarget()), cosine),
+    "kl, reference": (gk.ControllerConfig(alpha=gk.KLTarget(gain=0.5), smoothing="reference"), cosine),
+    "kl, no prior": (replace(NO_PRIOR, alpha=gk.KLTarget(target=0.01, init=0.2), update_every=3), None),
+    "alpha 0": (replace(NO_PRIOR, alpha=0.0, ema_beta=0.5, update_every=1, change_cap=0.2), None),
+    "alpha 1": (replace(NO_PRIOR, alpha=1.0, ema_beta=0.0, update_every=1, change_cap=1.0), None),
+    "tight": (gk.ControllerConfig(mu_min=0.45, mu_max=0.55, init_mu=0.55, update_every=2, blend=1.0), cosine),
+    "capped distance": (replace(NO_PRIOR, disagreement_cap=0.05, update_every=1, ema_beta=0.9), None),
+    "trimmed": (replace(NO_PRIOR, trim=0.3, update_every=1, ema_beta=0.9), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_follows_the_published_rule_step_for_step(name):
+    config, prior = CONFIGS[name]
+    ours, plain, rng = gk.GuidedAdaptiveController(config), PlainController(config, prior), random.Random(name)
+    seen = set()
+    for t in range(330):
+        rows = observed_rows(rng, t)
+        kl = rng.choice([0.0, 0.01, 0.02, 0.05, 3.0, math.nan, math.inf]) if plain.adaptive else None
+        before = plain.mu
+        want = plain.step(rows, kl)
+        ours.observe(Signals(rows_tensor(rows)))
+        got = ours.step(kl)
+        assert got is ours.mu
+        assert got.dtype == torch.float32
+        assert got.dim() == 0
+        assert got.item() == pytest.approx(want, abs=6e-8)  # a rounding to float32
+        metrics = {key.removeprefix("gac/"): value.item() for key, value in ours.metrics().items()}
+        state = {"mu_star": plain.mu_star, "alpha": plain.alpha, "skipped": plain.skipped}
+        state |= dict(zip(("sigma_s2", "sigma_r2", "delta2"), plain.emas, strict=True))
+        for key, value in state.items():
+            assert metrics[key] == pytest.approx(0.0 if value is None else value, rel=1e-11, abs=1e-15), (t, key)
+        if prior is not None:
+            assert metrics["prior"] == pytest.approx(prior(t), rel=1e-12)
+        seen |= {"capped"} if abs(plain.mu - before) > 0.999 * config.change_cap else set()
+        seen |= {"skipped"} if plain.skipped else set()
+        seen |= {"at a bound"} if plain.mu in (config.mu_min, config.mu_max) else set()
+    assert None not in plain.emas
+    assert "skipped" in seen
+    assert "at a bound" in seen or name != "tight"
+    assert "capped" in seen or name != "default"
+
+
+def test_fixed_point_of_the_reference_smoothing():
+    """At lambda 0.5 and beta 0.99: 0.990 prior + 0.0099 mu*. The estimate hardly counts."""
+    config = gk.ControllerConfig(smoothing="reference", prior=gk.ConstantPrior(0.3))
+    controller = gk.GuidedAdaptiveController(config)
+    rows = [Row(True, 3, x, 0.0, 0.5) for x in (1.0, 2.0)] + [Row(False, 3, 1.0, x, 0.5) for x in (-2.0, 2.0)]
+    for _ in range(200):
+        controller.observe(Signals(rows_tensor(rows)))
+        controller.step()
+    mu_star = controller.metrics()["gac/mu_star"].item()
+    assert mu_star > 0.8
+    assert controller.mu.item() == pytest.approx((0.5 * 0.3 + 0.005 * mu_star) / 0.505, abs=1e-6)
+    assert controller.mu.item() == pytest.approx(0.990 * 0.3 + 0.0099 * mu_star, abs=1e-4)
+
+
+def test_estimate_smoothing_means_what_blend_says():
+    """The default's fixed point at lambda 0.5 lies half way between prior and mu*."""
+    controller = gk.GuidedAdaptiveController(gk.ControllerConfig(prior=gk.ConstantPrior(0.3)))
+    rows = [Row(True, 3, x, 0.0, 0.5) for x in (1.0, 2.0)] + [Row(False, 3, 1.0, x, 0.5) for x in (-2.0, 2.0)]
+    for _ in range(100):
+        controller.observe(Signals(rows_tensor(rows)))
+        controller.step()
+    mu_star = controller.metrics()["gac/mu_star"].item()
+    assert controller.mu.item() == pytest.approx(0.5 * 0.3 + 0.5 * mu_star, abs=1e-6)
+
+
+finite = st.floats(1e-8, 1e12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(finite, finite, st.floats(0, 1e12), st.floats(0, 1), st.none() | st.floats(1e-3, 1e3))
+def test_mu_star_minimises_the_bound(noise_s, noise_r, distance, alpha, cap):
+    """(mu - alpha)^2 D + mu^2 sigma_s^2 + (1 - mu)^2 sigma_r^2 has a zero slope at mu*."""
+    controller = gk.GuidedAdaptiveController(replace(NO_PRIOR, alpha=alpha, disagreement_cap=cap))
+    # Two rows of +-sigma have the biased variance sigma^2.
+    rows = [Row(True, 1, s * math.sqrt(noise_s), 0.0, distance) for s in (-1, 1)]
+    rows += [Row(False, 1, 0.0, s * math.sqrt(noise_r), distance) for s in (-1, 1)]
+    controller.observe(Signals(rows_tensor(rows)))
+    controller.step()
+    metrics = controller.metrics()
+    mu, s, r, d = (metrics[f"gac/{k}"].item() for k in ("mu_star", "sigma_s2", "sigma_r2", "delta2"))
+    assert (s, r, d) == pytest.approx((noise_s, noise_r, distance), rel=1e-9)
+    d = d if cap is None else min(d, cap * (s + r))
+    assert 0 <= mu <= 1
+    assert abs((mu - alpha) * d + mu * s - (1 - mu) * r) <= 1e-12 * (d + s + r)
+
+
+def test_before_all_signals_exist_only_the_prior_moves_mu():
+    still = gk.GuidedAdaptiveController(NO_PRIOR)
+    rollouts_only = Signals(rows_tensor([Row(False, 2, 1.0, x, 0.3) for x in (0.0, 1.0)]))
+    for _ in range(25):
+        still.observe(rollouts_only)
+        assert still.step().item() == 0.5
+    assert still.metrics()["gac/sigma_r2"] == 0.25
+    assert still.metrics()["gac/sigma_s2"] == 0
+    moved = gk.GuidedAdaptiveController(gk.ControllerConfig(prior=gk.ConstantPrior(0.51)))
+    assert moved.step().item() == pytest.approx(0.505)  # half of the way from 0.5, which stands in for the estimate
+    assert moved.step().item() == pytest.approx(0.5075)
+
+
+def test_a_refresh_takes_the_signals_of_its_own_step_only():
+    controller = gk.GuidedAdaptiveController(replace(NO_PRIOR, update_every=4))
+    for t in range(9):
+        controller.observe(Signals(rows_tensor([Row(False, 1, 0.0, x * t, 0.0) for x in (-1, 1)])))
+        controller.step()
+        want = {0: 1e-8, 4: 0.99 * 1e-8 + 0.01 * 16}
+        if t in want:
+            assert controller.metrics()["gac/sigma_r2"].item() == pytest.approx(want[t])
+    assert controller.metrics()["gac/sigma_r2"].item() == pytest.approx(0.99 * want[4] + 0.01 * 64)
+
+
+def test_the_kl_rule():
+    target = gk.KLTarget(target=0.02, low=0.3, high=0.6, gain=0.1, init=0.5)
+    controller = gk.GuidedAdaptiveController(gk.ControllerConfig(alpha=target))
+
+    def alpha_after(kl):
+        controller.step(kl)
+        return controller.metrics()["gac/alpha"].item()
+
+    assert alpha_after(0.02) == 0.5
+    assert alpha_after(0.03) == pytest.approx(0.5 * math.exp(0.05))
+    assert alpha_after(torch.tensor(100.0)) == pytest.approx(0.5 * math.exp(0.15))  # the excess counts as 1
+    assert alpha_after(torch.tensor(100.0, dtype=torch.float64)) == 0.6  # clipped
+    assert [alpha_after(x) for x in (math.nan, math.inf, -math.inf)] == [0.6] * 3
+    assert controller.metrics()["gac/skipped"] == 3
+    assert alpha_after(0) == pytest.approx(0.6 * math.exp(-0.1))
+    assert [alpha_after(-5.0) for _ in range(9)][-1] == 0.3
+
+
+def test_alpha_moves_before_mu_star_does():
+    controller = gk.GuidedAdaptiveController(replace(NO_PRIOR, alpha=gk.KLTarget()))
+    rows = [Row(True, 1, x, 0.0, 1e9) for x in (0, 1)] + [Row(False, 1, 0.0, x, 1e9) for x in (0, 1)]
+    controller.observe(Signals(rows_tensor(rows)))
+    controller.step(1.0)  # D dominates, so mu* = alpha
+    assert controller.metrics()["gac/mu_star"].item() == pytest.approx(0.5 * math.exp(0.1), rel=1e-8)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
+def test_what_is_not_finite_is_quarantined_signal_by_signal(value):
+    """1e200 is finite, and its square, as a variance, is not."""
+    controller = gk.GuidedAdaptiveController(replace(NO_PRIOR, update_every=1))
+    good = [Row(True, 1, x, 0.0, 0.5) for x in (0, 1)] + [Row(False, 1, 0.0, x, 0.5) for x in (0, 1)]
+    controller.observe(Signals(rows_tensor(good)))
+    controller.step()
+    before = controller.metrics()
+    for i, (field, row) in enumerate({"nll": 0, "advantage": 2}.items()):
+        bad = [replace(r) for r in good]
+        setattr(bad[row], field, value)
+        controller.observe(Signals(rows_tensor(bad)))
+        controller.step()
+        after = controller.metrics()
+        assert after["gac/skipped"] == i + 1
+        for key in ("gac/sigma_s2", "gac/sigma_r2", "gac/delta2"):
+            assert after[key] == pytest.approx(before[key].item())
+    bad = [replace(good[0], disagreement=value if value < math.inf else math.nan), *good[1:]]
+    controller.observe(Signals(rows_tensor(bad)))
+    controller.step()
+    assert all(x.isfinite() for x in controller.metrics().values())
+
+
+def test_micro_batches_give_the_bits_of_one_batch():
+    rng, config = random.Random(0), gk.ControllerConfig(alpha=gk.KLTarget(), update_every=2)
+    whole, parts = gk.GuidedAdaptiveController(config), gk.GuidedAdaptiveController(config)
+    for t in range(40):
+        rows = rows_tensor(observed_rows(rng, t)).float()
+        whole.observe(Signals(rows))
+        for part in rows.tensor_split(sorted(rng.sample(range(len(rows) + 1), k=min(2, len(rows))))):
+            parts.observe(Signals(part))
+        whole.step(0.03), parts.step(0.03)
+        assert_same_state(whole, parts)
+
+
+def assert_same_state(a, b):
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        same = torch.equal(value, second[key]) if torch.is_tensor(value) else value == second[key]
+        assert same, key
+
+
+ESTIMATORS = ("coefficient", "logit", "hidden")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("alpha", [0.5, gk.KLTarget()])
+@pytest.mark.parametrize("smoothing", ["estimate", "reference"])
+def test_no_step_reads_the_device(estimator, alpha, smoothing):
+    config = gk.ControllerConfig(estimator, smoothing, alpha=alpha, znorm=True, update_every=3, disagreement_cap=5.0)
+    rows = rows_tensor(observed_rows(random.Random(1), 0)).float()
+
+    def run(device):
+        controller = gk.GuidedAdaptiveController(config, device=device)
+        signals = Signals(rows.to(device), has_sum_sq=True, hidden=torch.ones(len(rows), 4, device=device))
+        kl = torch.ones((), device=device)
+        counts = []
+        with forbid_host_reads() as watch:
+            for _ in range(7):
+                before = watch.operators
+                controller.observe(signals)
+                controller.step(kl)
+                counts.append(watch.operators - before)
+            controller.step(0.5)
+            controller.metrics()
+            controller.state_dict()
+        return counts
+
+    counts = run("cpu")
+    assert run("meta")  # there is nothing to read, and an attempt raises
+    # Between refreshes the scalar arithmetic is all there is: a bound on launches, should it live on a GPU.
+    assert max(counts[1], counts[2], counts[4], counts[5]) <= (35 if config.alpha != 0.5 else 14)
+
+
+def test_mu_of_a_step_stays_what_it_was():
+    """A backward that runs after step() must see the mu of its own forward."""
+    controller = gk.GuidedAdaptiveController(gk.ControllerConfig(prior=gk.ConstantPrior(0.9)))
+    x = torch.tensor(2.0, requires_grad=True)
+    mu = controller.mu
+    loss = x * x * mu
+    assert controller.step() is not mu
+    loss.backward()
+    assert mu.item() == 0.5
+    assert x.grad.item() == 2.0
+    assert controller.mu.item() == pytest.approx(0.51)
+
+
+def test_no_gradient_enters_and_inference_mode_does_not_spoil_mu():
+    controller = gk.GuidedAdaptiveController(gk.ControllerConfig(alpha=gk.KLTarget()))
+    rows = torch.ones(3, 12, requires_grad=True)
+    controller.observe(Signals(rows * 1.0))
+    assert not controller.step(torch.tensor(0.1, requires_grad=True)).requires_grad
+    with torch.inference_mode():
+        controller.observe(Signals(torch.ones(3, 12)))
+        controller.step(torch.tensor(0.1))
+    x = torch.tensor(1.0, requires_grad=True)
+    (x * controller.mu).backward()
+    assert x.grad == controller.mu
+
+
+def test_metrics_are_copies():
+    controller = gk.GuidedAdaptiveController()
+    state = gk.GuidedAdaptiveController()
+    metrics = controller.metrics()
+    assert list(metrics) == [
+        f"gac/{k}" for k in ("mu", "mu_star", "sigma_s2", "sigma_r2", "delta2", "alpha", "prior", "skipped")
+    ]
+    assert metrics["gac/mu"].dtype == torch.float32
+    assert metrics["gac/mu"] == controller.mu
+    for value in metrics.values():
+        assert value.dim() == 0
+        assert not value.requires_grad
+        value.fill_(7.0)
+    assert_same_state(controller, state)
+    assert controller.mu == 0.5
+
+
+def test_metrics_without_a_prior_show_the_estimate():
+    controller = gk.GuidedAdaptiveController(NO_PRIOR)
+    assert controller.metrics()["gac/prior"] == 0.5
+
+
+# checkpoints ----------------------------------------------------------------------------------------------------------
+def drive(controller, rng, steps):
+    for _ in range(steps):
+        controller.observe(Signals(rows_tensor(observed_rows(rng, controller.steps)).float()))
+        controller.step(rng.choice([0.01, 0.05, math.nan]))
+
+
+@pytest.mark.parametrize("smoothing", ["estimate", "reference"])
+@pytest.mark.parametrize("cut", [0, 1, 9, 10, 37])
+def test_a_resumed_controller_goes_on_bit_for_bit(cut, smoothing):
+    config = gk.ControllerConfig(alpha=gk.KLTarget(), smoothing=smoothing, update_every=5)
+    straight, rng = gk.GuidedAdaptiveController(config), random.Random(5)
+    drive(straight, rng, cut)
+    file = io.BytesIO()
+    torch.save(straight.state_dict(), file)
+    file.seek(0)
+    state, place = torch.load(file, weights_only=True), rng.getstate()
+    drive(straight, rng, 60)
+    resumed = gk.GuidedAdaptiveController(config)
+    drive(resumed, random.Random(6), 3)
+    resumed.observe(Signals(torch.ones(1, 12)))  # belongs to a step that the resumed run does not know
+    resumed.load_state_dict(state)
+    rng.setstate(place)
+    drive(resumed, rng, 60)
+    assert_same_state(straight, resumed)
+    assert torch.equal(straight.mu, resumed.mu)
+    assert straight.steps == cut + 60
+
+
+def test_state_dict_is_a_copy():
+    controller, rng = gk.GuidedAdaptiveController(gk.ControllerConfig(alpha=gk.KLTarget())), random.Random(0)
+    drive(controller, rng, 3)
+    state = controller.state_dict()
+    kept = {k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()}
+    other = gk.GuidedAdaptiveController(controller.config)
+    other.load_state_dict(state)
+    drive(other, rng, 12)
+    drive(controller, rng, 12)
+    assert all(torch.equal(v, kept[k]) if torch.is_tensor(v) else v == kept[k] for k, v in state.items())
+
+
+def broken(state, **changes):
+    return {k: v for k, v in {**state, **changes}.items() if v is not ...}
+
+
+@pytest.mark.parametrize(
+    ("match", "changes"),
+    [
+        (r"lacks \['alpha', 'mu'\]", {"mu": ..., "alpha": ...}),
+        (r"unknown keys \['nu'\]", {"nu": 1}),
+        ("version.* must be 1, got 2", {"version": 2}),
+        ("blend: 0.5 here, 0.25 there", {"config": gk.ControllerConfig(blend=0.25).as_dict()}),
+        ("prior: .*CosinePrior.* here, None there", {"config": NO_PRIOR.as_dict()}),
+        ("'step'.* got -1", {"step": -1}),
+        ("'step'.* got 1.0", {"step": 1.0}),
+        (r"'signals'.*\(3,\).*float64.*\(2,\)", {"signals": torch.zeros(2, dtype=torch.float64)}),
+        ("'mu'.*float64.*float32", {"mu": torch.tensor(0.5)}),
+        ("'mu'.* must be in .0.05, 0.9., got 0.95", {"mu": torch.tensor(0.95, dtype=torch.float64)}),
+        ("'alpha'.* got nan", {"alpha": torch.tensor(math.nan, dtype=torch.float64)}),
+        ("'measured'.* got float", {"measured": 1.0}),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(match, changes):
+    controller, twin = gk.GuidedAdaptiveController(), gk.GuidedAdaptiveController()
+    for c in (controller, twin):
+        drive(c, random.Random(1), 13)
+    good = gk.GuidedAdaptiveController().state_dict()
+    with pytest.raises((ValueError, TypeError), match=match):
+        controller.load_state_dict(broken(good, **changes))
+    assert_same_state(controller, twin)
+    assert controller.mu == twin.mu
+
+
+# configuration and errors ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("error", "match", "make"),
+    [
+        (ValueError, "estimator .* 'oracle'", lambda: gk.ControllerConfig(estimator="oracle")),
+        (ValueError, "smoothing .* 'none'", lambda: gk.ControllerConfig(smoothing="none")),
+        (ValueError, r"ema_beta .* \[0, 1\), got 1", lambda: gk.ControllerConfig(ema_beta=1)),
+        (ValueError, "update_every .* got 0", lambda: gk.ControllerConfig(update_every=0)),
+        (TypeError, "update_every .* 2.5", lambda: gk.ControllerConfig(update_every=2.5)),
+        (ValueError, r"blend .* \[0, 1\], got 1.5", lambda: gk.ControllerConfig(blend=1.5)),
+        (ValueError, "blend .* nan", lambda: gk.ControllerConfig(blend=math.nan)),
+        (TypeError, "blend .* '0.5'", lambda: gk.ControllerConfig(blend="0.5")),
+        (TypeError, "blend .* True", lambda: gk.ControllerConfig(blend=True)),
+        (ValueError, "change_cap .* 0", lambda: gk.ControllerConfig(change_cap=0)),
+        (ValueError, "mu_max .* 1.1", lambda: gk.ControllerConfig(mu_max=1.1)),
+        (ValueError, r"mu_min .* \[0, 0.4\], got 0.45", lambda: gk.ControllerConfig(mu_min=0.45, mu_max=0.4)),
+        (ValueError, r"init_mu .* \[0.05, 0.9\], got 0.95", lambda: gk.ControllerConfig(init_mu=0.95)),
+        (ValueError, r"trim .* \[0, 0.5\), got 0.5", lambda: gk.ControllerConfig(trim=0.5)),
+        (ValueError, "alpha .* -0.1", lambda: gk.ControllerConfig(alpha=-0.1)),
+        (TypeError, "alpha .* None", lambda: gk.ControllerConfig(alpha=None)),
+        (TypeError, "prior .* 0.5", lambda: gk.ControllerConfig(prior=0.5)),
+        (ValueError, "disagreement_cap .* 0", lambda: gk.ControllerConfig(disagreement_cap=0.0)),
+        (TypeError, "znorm .* 1", lambda: gk.ControllerConfig(znorm=1)),
+        (ValueError, "target .* 0", lambda: gk.KLTarget(target=0.0)),
+        (ValueError, "low .* 0", lambda: gk.KLTarget(low=0.0)),
+        (ValueError, "low .* 0.99", lambda: gk.KLTarget(low=0.99)),
+        (ValueError, "high .* 1.5", lambda: gk.KLTarget(high=1.5)),
+        (ValueError, "gain .* -1", lambda: gk.KLTarget(gain=-1)),
+        (ValueError, "init .* 0.05", lambda: gk.KLTarget(init=0.05)),
+        (ValueError, "warmup .* -1", lambda: gk.CosinePrior(warmup=-1)),
+        (TypeError, "decay .* 1.5", lambda: gk.CosinePrior(decay=1.5)),
+        (ValueError, "peak .* 2", lambda: gk.CosinePrior(peak=2)),
+        (ValueError, "valley .* -0.1", lambda: gk.CosinePrior(valley=-0.1)),
+        (ValueError, "mu .* 1.2", lambda: gk.ConstantPrior(1.2)),
+        (TypeError, "config .* 3", lambda: gk.GuidedAdaptiveController(3)),
+    ],
+)
+def test_configuration_errors_name_the_field(error, match, make):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_configurations_are_values():
+    assert gk.ControllerConfig(alpha=1) == gk.ControllerConfig(alpha=1.0)
+    assert hash(gk.ControllerConfig()) == hash(gk.ControllerConfig())
+    assert gk.ControllerConfig(alpha=gk.KLTarget()).as_dict()["alpha"]["kind"] == "KLTarget"
+
+
+def test_priors():
+    prior = gk.CosinePrior()
+    assert [prior.value(t) for t in (0, 100, 200, 1000, 5000)] == [0.0, 0.425, 0.85, 0.15, 0.15]
+    assert prior.value(600) == pytest.approx(0.5)
+    assert max(abs(prior.value(t) - cosine(t)) for t in range(1200)) < 1e-15
+    assert gk.CosinePrior(warmup=0).value(0) == 0.85
+    assert gk.CosinePrior(warmup=0, decay=0).value(0) == 0.15
+    assert gk.ConstantPrior(0.25).value(17) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("estimator", "match"),
+    [("hidden", "'hidden' needs signals that carry"), ("logit", "'logit' needs signals made with")],
+)
+def test_signals_that_the_estimator_cannot_use_are_refused_at_once(estimator, match):
+    controller = gk.GuidedAdaptiveController(gk.ControllerConfig(estimator))
+    with pytest.raises(ValueError, match=match):
+        controller.observe(Signals(torch.ones(2, 12)))
+
+
+def test_signals_must_fit_the_controller_and_each_other():
+    controller = gk.GuidedAdaptiveController(gk.ControllerConfig("logit"))
+    with pytest.raises(TypeError, match="signals must be Signals, got Tensor"):
+        controller.observe(torch.ones(2, 12))
+    with pytest.raises(ValueError, match="cpu, got meta"):
+        controller.observe(Signals(torch.ones(2, 12, device="meta"), has_sum_sq=True))
+    controller.observe(Signals(torch.ones(2, 12), has_sum_sq=True))
+    with pytest.raises(ValueError, match="policy_aggregation"):
+        controller.observe(Signals(torch.ones(2, 12), has_sum_sq=True, policy_aggregation="token-mean"))
+
+
+def test_what_the_estimator_does_not_read_may_differ():
+    """Padded micro-batches of different widths, say: only the logit estimator weighs by norm_length."""
+    controller = gk.GuidedAdaptiveController()
+    controller.observe(Signals(torch.ones(2, 12), has_sum_sq=True, norm_length=7.0))
+    controller.observe(Signals(torch.ones(2, 12), norm_length=9.0, hidden=torch.ones(2, 3)))
+    controller.step()
+    assert controller.metrics()["gac/delta2"] == 1
+
+
+def test_kl_errors():
+    controller = gk.GuidedAdaptiveController(gk.ControllerConfig(alpha=gk.KLTarget()))
+    with pytest.raises(ValueError, match=r"step\(\) needs kl"):
+        controller.step()
+    with pytest.raises(ValueError, match=r"kl must be 0-d on cpu, got shape \(1,\)"):
+        controller.step(torch.ones(1))
+    with pytest.raises(ValueError, match=r"kl must be 0-d on cpu, .* on meta"):
+        controller.step(torch.ones((), device="meta"))
+    with pytest.raises(TypeError, match=r"kl .* '0.1'"):
+        controller.step("0.1")
+    assert controller.steps == 0
+    assert controller.metrics()["gac/alpha"] == 0.5
+
+
+def test_kl_is_ignored_under_a_fixed_alpha():
+    controller = gk.GuidedAdaptiveController(gk.ControllerConfig(prior=None))
+    assert controller.step(math.nan) == 0.5
+    assert controller.metrics()["gac/skipped"] == 0
+
+
+def test_columns():
+    assert [sig.SIGNAL_COLUMNS[i] for i in (sig.EXPERT, sig.TOKENS, sig.OWN_NORM, sig.DIFF_NORM)] == [
+        "expert", "tokens", "own_norm", "diff_norm",
+    ]  # fmt: skip
