@@ -1,9 +1,9 @@
 """Checkpoints that a kill at any moment cannot spoil.
 
-A checkpoint is a directory `step-00000100/` of three files: `weights.safetensors`, `state.pt` (everything else, readable
-with `weights_only=True`) and `manifest.json` (size and sha256 of the other two). It is written under a temporary name,
-flushed to the disk file by file, and gets its name by one atomic rename; older checkpoints go only after that. So
-every directory with a proper name is whole, and what the disk itself damages later is told by the manifest.
+A checkpoint is a directory `step-00000100/` of three files: `weights.safetensors`, `state.pt` (everything else,
+readable with `weights_only=True`) and `manifest.json` (size and sha256 of the other two). It is written under a
+temporary name, flushed to the disk file by file, and gets its name by one atomic rename; older checkpoints go only
+after that. So every directory with a proper name is whole, and what the disk damages later is told by the manifest.
 
 One process writes (rank 0); any number may read.
 """
@@ -51,7 +51,7 @@ class Checkpoint:
     """What `load_checkpoint` found.
 
     step: optimizer steps finished when it was saved.
-    tensors: name -> tensor on the CPU, contiguous, with the saved dtype and shape; names that were tied share one tensor.
+    tensors: name -> contiguous tensor on the CPU with the saved dtype and shape; names that were tied share one tensor.
     state: the saved dictionary, its tensors on the CPU.
     path: the directory it was read from.
     """
@@ -73,9 +73,9 @@ def save_checkpoint(
     Args:
         directory: made if need be; the temporary directory lives in it too.
         step: optimizer steps finished, >= 0.
-        tensors: name -> dense tensor, any device and strides. Names of one and the same tensor (tied weights) are stored
-            once and tied again by `load_checkpoint`; overlapping views are stored each by itself.
-        state: nested dict / list / tuple / set of numbers, strings and tensors, limited to what `weights_only=True` reads.
+        tensors: name -> dense tensor, any device and strides. Names of one and the same tensor (tied weights) are
+            stored once and tied again by `load_checkpoint`; overlapping views are stored each by itself.
+        state: nested dict / list / tuple / set of numbers, strings and tensors: what `weights_only=True` reads.
         keep: how many checkpoints stay, >= 1. With 1 a checkpoint damaged on disk has no predecessor to fall back to.
 
     Returns:

@@ -100,7 +100,7 @@ class MetricsWriter:
         if self._display is not None:
             self._display.close()
 
-    def __enter__(self) -> MetricsWriter:  # noqa: PYI034 - Self needs Python 3.11
+    def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(

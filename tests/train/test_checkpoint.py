@@ -65,7 +65,9 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
     }
     save_checkpoint(tmp_path, 7, tensors=tensors, state={})
     found = load_checkpoint(tmp_path)
-    assert found is not None and found.step == 7 and found.path == tmp_path / "step-00000007"
+    assert found is not None
+    assert found.step == 7
+    assert found.path == tmp_path / "step-00000007"
     assert found.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         loaded = found.tensors[name]
@@ -133,7 +135,8 @@ def test_optimizer_and_random_state_continue_exactly(tmp_path: Path) -> None:
     torch.set_rng_state(found.state["rng"])
     for _ in range(3):
         train(*again)
-    assert torch.equal(parts[0].weight, again[0].weight) and torch.equal(parts[0].bias, again[0].bias)
+    assert torch.equal(parts[0].weight, again[0].weight)
+    assert torch.equal(parts[0].bias, again[0].bias)
 
 
 ALLOWED = {
@@ -149,7 +152,9 @@ ALLOWED = {
 def test_every_allowed_type_can_be_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 0, tensors={}, state=ALLOWED)
     found = load_checkpoint(tmp_path)
-    assert found is not None and found.state == ALLOWED and found.tensors == {}
+    assert found is not None
+    assert found.state == ALLOWED
+    assert found.tensors == {}
 
 
 def tensor_with_attribute() -> Tensor:
@@ -177,11 +182,12 @@ def tensor_with_attribute() -> Tensor:
 def test_a_state_that_could_not_be_read_is_refused_by_key(tmp_path: Path, value: object, where: str) -> None:
     with pytest.raises(TypeError) as error:
         save_checkpoint(tmp_path / "run", 1, tensors={}, state={"a": {"b": (0, value)}})
-    assert where in str(error.value) and "state['a']['b'][1]" in str(error.value)
+    assert where in str(error.value)
+    assert "state['a']['b'][1]" in str(error.value)
     assert not (tmp_path / "run").exists()
-    torch.save(value, tmp_path / "file") if value is not print else None
     if value is not print:  # the refusal is not wider than torch's own
-        with pytest.raises(Exception, match="[Ww]eights"):
+        torch.save(value, tmp_path / "file")
+        with pytest.raises(Exception, match=r"[Ww]eights"):
             torch.load(tmp_path / "file", weights_only=True)
 
 
@@ -230,7 +236,8 @@ def test_only_the_newest_stay(tmp_path: Path, keep: int) -> None:
     expected = ["step-00000005", "step-00000010", "step-99999999", "step-100000000"][-keep:]
     assert sorted(names(tmp_path)) == sorted([*expected, "notes.txt"])
     found = load_checkpoint(tmp_path)
-    assert found is not None and found.step == 100_000_000
+    assert found is not None
+    assert found.step == 100_000_000
 
 
 def test_leftovers_of_a_killed_run_are_ignored_then_removed(tmp_path: Path) -> None:
@@ -241,7 +248,8 @@ def test_leftovers_of_a_killed_run_are_ignored_then_removed(tmp_path: Path) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = load_checkpoint(tmp_path)
-        assert found is not None and found.step == 1
+        assert found is not None
+        assert found.step == 1
         save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
@@ -255,13 +263,14 @@ def test_the_same_step_is_replaced(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save_checkpoint(tmp_path, 1, tensors={"w": torch.zeros(1)}, state={"second": True})
     found = load_checkpoint(tmp_path)
-    assert found is not None and found.state == {"second": True}
+    assert found is not None
+    assert found.state == {"second": True}
     assert names(tmp_path) == ["step-00000001"]
 
 
 def test_an_intact_later_step_is_not_left_behind_in_silence(tmp_path: Path) -> None:
     save(tmp_path, 9)
-    with pytest.raises(ValueError, match="step is 3, but .*step-00000009 holds an intact checkpoint of a later step"):
+    with pytest.raises(ValueError, match=r"step is 3, but .*step-00000009 holds an intact checkpoint of a later step"):
         save(tmp_path, 3)
     assert names(tmp_path) == ["step-00000009"]
 
@@ -286,9 +295,11 @@ def flip_bit(path: Path, bit: int) -> None:
 def expect_previous(directory: Path, *reasons: str) -> None:
     with pytest.warns(RuntimeWarning) as record:
         found = load_checkpoint(directory)
-    assert found is not None and found.step == 1
+    assert found is not None
+    assert found.step == 1
     assert torch.equal(found.tensors["w"], torch.arange(6.0) + 1)
-    assert len(record) == 1 and all(reason in str(record[0].message) for reason in reasons), record[0].message
+    assert len(record) == 1
+    assert all(reason in str(record[0].message) for reason in reasons), record[0].message
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -318,7 +329,8 @@ def test_one_flipped_bit_means_the_previous_checkpoint(tmp_path: Path, file: str
         expect_previous(tmp_path, str(path), "sha256")
         flip_bit(path, bit)
     found = load_checkpoint(tmp_path)
-    assert found is not None and found.step == 2
+    assert found is not None
+    assert found.step == 2
 
 
 def test_no_flipped_bit_of_the_manifest_changes_what_is_loaded(tmp_path: Path) -> None:
@@ -332,7 +344,8 @@ def test_no_flipped_bit_of_the_manifest_changes_what_is_loaded(tmp_path: Path) -
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
             found = load_checkpoint(tmp_path)
-        assert found is not None and found.step == (1 if record else 2)  # a flip in white space may be harmless
+        assert found is not None
+        assert found.step == (1 if record else 2)
         assert torch.equal(found.tensors["w"], torch.arange(6.0) + found.step)
         detected += bool(record)
         flip_bit(path, bit)
@@ -343,7 +356,9 @@ def test_a_manifest_of_another_format_or_step_is_not_believed(tmp_path: Path) ->
     save(tmp_path, 1)
     path = save(tmp_path, 2) / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest["format_version"] == 1 and manifest["step"] == 2 and set(manifest["files"]) == set(FILES[:2])
+    assert manifest["format_version"] == 1
+    assert manifest["step"] == 2
+    assert set(manifest["files"]) == set(FILES[:2])
     for change, reason in (({"format_version": 2}, "format version 2"), ({"step": 3}, "says step 3")):
         path.write_text(json.dumps(manifest | change))
         expect_previous(tmp_path, str(path), reason)
@@ -355,7 +370,8 @@ def test_all_damaged_is_an_error_that_lists_them(tmp_path: Path) -> None:
     os.truncate(second / "state.pt", 3)
     with pytest.warns(RuntimeWarning), pytest.raises(CheckpointError) as error:
         load_checkpoint(tmp_path)
-    assert str(first / "manifest.json") in str(error.value) and str(second / "state.pt") in str(error.value)
+    assert str(first / "manifest.json") in str(error.value)
+    assert str(second / "state.pt") in str(error.value)
 
 
 def test_an_intact_file_that_cannot_be_read_is_not_called_damage(tmp_path: Path) -> None:
@@ -365,7 +381,7 @@ def test_an_intact_file_that_cannot_be_read_is_not_called_damage(tmp_path: Path)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["state.pt"] = module._seal(path / "state.pt")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         load_checkpoint(tmp_path)
 
 
@@ -388,7 +404,8 @@ def test_a_failing_write_leaves_everything_as_it_was(
             save(tmp_path, 3)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
     found = load_checkpoint(tmp_path)
-    assert found is not None and found.step == 2
+    assert found is not None
+    assert found.step == 2
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.pt"])
@@ -407,7 +424,8 @@ def test_a_real_failing_write_is_an_oserror_that_names_the_file(tmp_path: Path, 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == ["step-00000001"]
     found = load_checkpoint(tmp_path)
-    assert found is not None and found.step == 1
+    assert found is not None
+    assert found.step == 1
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,9 +454,11 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
     save(tmp_path, 2, keep=1)
     kinds = [kind for kind, _ in events]
     files = [name for kind, name in events[:4]]
-    assert files[:3] == ["weights.safetensors", "state.pt", "manifest.json"] and files[3].startswith(".tmp-")
+    assert files[:3] == ["weights.safetensors", "state.pt", "manifest.json"]
+    assert files[3].startswith(".tmp-")
     assert kinds == ["fsync"] * 4 + ["name", "fsync", "name", "remove"]
-    assert events[4] == ("name", "step-00000002") and events[5] == ("fsync", tmp_path.name)
+    assert events[4] == ("name", "step-00000002")
+    assert events[5] == ("fsync", tmp_path.name)
     assert all(name.startswith(".tmp-step-00000001") for _, name in events[6:])
 
 
@@ -449,6 +469,6 @@ def test_a_kill_at_any_moment_costs_nothing_that_was_saved(tmp_path: Path) -> No
     result = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     lines, moments = (json.loads(result.stdout.splitlines()[-1])[mode] for mode in ("lines", "random"))
-    assert lines["kills"] >= 50 and lines["old"] >= 10 and lines["new"] >= 10, lines
-    assert moments["kills"] >= 5 and moments["steps"] >= 1, moments
-    assert lines["leftovers"] >= 10 and moments["leftovers"] >= 1, (lines, moments)  # it did hit the middle of saves
+    assert min(lines["kills"] - 40, lines["old"], lines["new"]) >= 10, lines
+    assert min(moments["kills"], 5 * moments["steps"]) >= 5, moments
+    assert min(lines["leftovers"], 10 * moments["leftovers"]) >= 10, (lines, moments)  # it did hit the middle of saves
