@@ -15,11 +15,11 @@ $(BIN)/python:
 $(STAMP): $(BIN)/python $(SOURCES)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,test]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m gac_kernels.train.demo --output runs/demo
+	$(BIN)/python -m gac_kernels.train.demo --output runs/demo $(DEMO_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

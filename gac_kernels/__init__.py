@@ -1,7 +1,7 @@
 """Fused losses for hybrid SFT + RL post-training, and the GAC controller that mixes the two signals."""
 
 from .advantages import group_advantages
-from .controller import ControllerConfig, CosinePrior, ConstantPrior, GuidedAdaptiveController, KLTarget
+from .controller import ConstantPrior, ControllerConfig, CosinePrior, GuidedAdaptiveController, KLTarget
 from .library import backends, use_backend
 from .objectives import (
     CISPO,

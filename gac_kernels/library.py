@@ -37,14 +37,15 @@ SCALARS = ("policy_loss", "supervised_loss", "kl", "entropy", *reference.METRICS
 POLICY_CODES = {**{gate: i for i, gate in enumerate(GATES)}, "grpo": 4, "cispo": 5, "gspo": 6, "dfpo": 7}
 DFPO_TRANSFORMS, DFPO_RATIOS = ("min_replace", "adv_orthogonal"), ("geometric_mean", "product")
 
-# One pass over ready log-probs. Token tensors are flat (N,) and contiguous, in the dtype of logprobs (float32 or float64).
+# One pass over ready log-probs. Token tensors are flat (N,), contiguous, in the dtype of logprobs (float32 or float64).
 # Sequence s owns [cu_seqlens[s], cu_seqlens[s + 1]), or [s seq_len, (s + 1) seq_len) where cu_seqlens is None.
-# Returns loss (), scalars (10,) as in SCALARS, rows (S, 12) as signals.SIGNAL_COLUMNS, logprobs (N,) with 0 where masked,
-# slope (N,) = d loss / d logprobs, entropy_slope = d loss / d entropy: (N,) if entropy is given, else (0,).
+# Returns loss (), scalars (10,) as in SCALARS, rows (S, 12) as signals.SIGNAL_COLUMNS, logprobs (N,) with 0 where
+# masked, slope (N,) = d loss / d logprobs, entropy_slope = d loss / d entropy: (N,) if entropy is given, else (0,).
 _TOKEN_LOSS = """(
     Tensor logprobs, Tensor mask, Tensor? cu_seqlens, int seq_len, Tensor is_expert,
     Tensor? advantages, bool token_advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_weights,
-    Tensor? entropy, Tensor? sum_sq, Tensor? groups, Tensor mu, Tensor? policy_denominator, Tensor? supervised_denominator,
+    Tensor? entropy, Tensor? sum_sq, Tensor? groups,
+    Tensor mu, Tensor? policy_denominator, Tensor? supervised_denominator,
     int policy, float p0, float p1, float p2, bool phi, float kl_coef, int kl_estimator, bool kl_ratio_weighted,
     float entropy_coef, int aggregation, int supervised_aggregation, float norm_length
 ) -> (Tensor loss, Tensor scalars, Tensor rows, Tensor logprobs_out, Tensor slope, Tensor entropy_slope)"""
@@ -57,7 +58,7 @@ def encode(objective: HybridObjective, norm_length: float | None) -> tuple[Any, 
     """The trailing static arguments of ``token_loss``, from ``policy`` on. ``norm_length`` is the one in force."""
     p = objective.policy
     if isinstance(p, SAPO):
-        policy, parameters = POLICY_CODES[p.gate], (p.tau_pos, p.tau_neg, 0.0)
+        policy, parameters = POLICY_CODES[str(p.gate)], (p.tau_pos, p.tau_neg, 0.0)
     elif isinstance(p, GRPO):
         policy, parameters = POLICY_CODES["grpo"], (p.clip_low, p.clip_high, p.delta or 0.0)
     elif isinstance(p, CISPO):
@@ -68,7 +69,7 @@ def encode(objective: HybridObjective, norm_length: float | None) -> tuple[Any, 
         codes = DFPO_TRANSFORMS.index(p.transform), DFPO_RATIOS.index(p.ratio)
         policy, parameters = POLICY_CODES["dfpo"], (float(codes[0]), float(codes[1]), 0.0)
     return (
-        policy, *(float(value) for value in parameters), objective.supervised.weight == "phi",
+        policy, *(float(value) for value in parameters), objective.supervised == NLL("phi"),
         float(objective.kl_coef), KL_ESTIMATORS.index(objective.kl_estimator) + 1, objective.kl_ratio_weighted,
         float(objective.entropy_coef), AGGREGATIONS.index(objective.aggregation),
         AGGREGATIONS.index(objective.supervised_aggregation), float(norm_length or 1.0),

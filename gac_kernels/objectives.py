@@ -60,7 +60,9 @@ class Gate:
         self._check_derivative(near, tau)
         at_one = float(self.slope(torch.zeros(1, dtype=torch.float64), tau))
         if abs(at_one - 1.0) > 1e-6 or float(f1.max()) > 1.0 + 1e-6:
-            self._fail(tau, f"f' must have its global maximum 1 at r = 1; f'(1) = {at_one:.6g}, max {float(f1.max()):.6g}")
+            self._fail(
+                tau, f"f' must have its global maximum 1 at r = 1; f'(1) = {at_one:.6g}, max {float(f1.max()):.6g}"
+            )
         right, left = f1[u > 0], f1[u < 0].flip(0)
         if bool((right.diff() > 1e-9).any()) or bool((left.diff() > 1e-9).any()):
             self._fail(tau, "f' must fall away from r = 1 on both sides")
@@ -169,8 +171,8 @@ class DFPO:
     Source: arXiv 2604.13088v1, Eq. 17 (``min_replace``) and Eq. 18 (``adv_orthogonal``). Needs ``batch.groups``.
 
     Attributes:
-        transform: ``"min_replace"``: every weight of a group becomes its smallest; ``"adv_orthogonal"``: the part of the
-            weights along the advantages is removed, so that ``sum_i A_i w~_i = 0``.
+        transform: ``"min_replace"``: every weight of a group becomes its smallest; ``"adv_orthogonal"``: the part of
+            the weights along the advantages is removed, so that ``sum_i A_i w~_i = 0``.
         ratio: ``"geometric_mean"`` (length-normalised as in GSPO) or ``"product"`` of the token ratios.
     """
 
@@ -184,7 +186,7 @@ class DFPO:
 
 @dataclass(frozen=True)
 class NLL:
-    """Supervised ``-sg(phi) logp``: ``weight="phi"`` is ``phi = p (1 - p)`` (CHORD, arXiv 2508.11408), ``"none"`` is 1."""
+    """Supervised ``-sg(phi) logp``; ``weight="phi"``: ``phi = p (1 - p)`` (CHORD, arXiv 2508.11408), ``"none"``: 1."""
 
     weight: str = "phi"
 
@@ -196,8 +198,8 @@ class NLL:
 class GIFT:
     """Supervision at finite temperature: cross entropy against ``q ~ p0 exp(beta 1[k = y])`` (arXiv 2601.09233).
 
-    ``p0`` is the base model's distribution, mixed with ``smooth`` parts of the uniform one. ``beta = 0`` distils the base
-    model, ``beta -> inf`` is plain supervision. Needs logits of both models, so it runs in the logits and hidden losses.
+    ``p0`` is the base model's distribution, mixed with ``smooth`` parts of the uniform one. ``beta = 0`` distils the
+    base model, ``beta -> inf`` is plain supervision. Needs the logits of both models, not only log-probs.
     """
 
     beta: float = 20.0

@@ -27,7 +27,9 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("gac_kernels losses have no second derivative: their gradient is computed in the forward pass")
+        raise RuntimeError(
+            "gac_kernels losses have no second derivative: their gradient is computed in the forward pass"
+        )
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -87,9 +89,10 @@ def _norm_length(objective: HybridObjective, batch: TokenBatch) -> float | None:
     """The constant length in force; None where no branch divides by one."""
     if "seq-mean-token-sum-norm" not in (objective.aggregation, objective.supervised_aggregation):
         return None
-    if objective.norm_length is None and batch.max_length is None:
+    length = objective.norm_length or batch.max_length
+    if length is None:
         raise ValueError("objective.norm_length must be given for seq-mean-token-sum-norm on a packed batch")
-    return objective.norm_length or float(batch.max_length)
+    return float(length)
 
 
 def _check_objective(objective: HybridObjective, batch: TokenBatch) -> None:
@@ -118,12 +121,12 @@ def _token_args(batch: TokenBatch, dtype: torch.dtype, sum_sq: Tensor | None) ->
 
 
 def _denominators(denominators: Denominators | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def count(name: str, value: float | Tensor | None) -> Tensor | None:
+        return None if value is None else _scalar(f"denominators.{name}", value, like)
+
     if denominators is None:
         return None, None
-    return tuple(
-        None if value is None else _scalar(f"denominators.{name}", value, like)
-        for name, value in (("policy", denominators.policy), ("supervised", denominators.supervised))
-    )
+    return count("policy", denominators.policy), count("supervised", denominators.supervised)
 
 
 def _has_custom_gate(objective: HybridObjective) -> bool:
@@ -175,10 +178,18 @@ def hybrid_loss(
     policy_count, supervised_count = _denominators(denominators, flat)
     if _has_custom_gate(objective):
         if library.forced_backend() not in (None, "reference"):
-            raise ValueError(f"backend {library.forced_backend()!r} does not support the custom gate of objective.policy")
+            raise ValueError(
+                f"backend {library.forced_backend()!r} does not support the custom gate of objective.policy"
+            )
         args = (batch, objective, mu, sum_sq, Denominators(policy_count, supervised_count))
     else:
-        args = (*_token_args(batch, dtype, sum_sq), mu, policy_count, supervised_count, *library.encode(objective, norm_length))
+        args = (
+            *_token_args(batch, dtype, sum_sq),
+            mu,
+            policy_count,
+            supervised_count,
+            *library.encode(objective, norm_length),
+        )
     loss, scalars, rows, logprobs_out = _TokenLoss.apply(flat, flat_entropy, *args)
     values = dict(zip(library.SCALARS, scalars.unbind(), strict=True))
     return HybridLoss(

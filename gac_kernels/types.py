@@ -101,7 +101,7 @@ class TokenBatch:
             raise ValueError(f"targets_ST must be two-dimensional (S, T), got shape {tuple(targets_ST.shape)}")
         return cls._build(
             "mask_ST", targets_ST, mask_ST, None, targets_ST.shape[0], is_expert_S, advantages,
-            dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, rollout_weights=rollout_weights),
+            {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights},
             base_logits, groups,
         )  # fmt: skip
 
@@ -143,7 +143,7 @@ class TokenBatch:
             mask_N = torch.ones_like(targets_N, dtype=torch.bool)
         return cls._build(
             "mask_N", targets_N, mask_N, cu_seqlens, cu_seqlens.shape[0] - 1, is_expert_S, advantages,
-            dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, rollout_weights=rollout_weights),
+            {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights},
             base_logits, groups,
         )  # fmt: skip
 
@@ -235,7 +235,7 @@ class TokenLogprobs:
     An output that was not asked for is None.
     """
 
-    logprobs: Tensor
+    logprobs: Tensor | None
     entropy: Tensor | None = None
     sum_sq: Tensor | None = None
 

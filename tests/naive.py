@@ -1,6 +1,6 @@
 """An independent oracle: every formula of the losses written out with `math`, token by token, loss and slope by hand.
 
-It shares no line with the package. Slopes are the analytic ones of the papers, so it also checks the reference's autograd.
+It shares no line with the package. Slopes are the analytic ones of the papers, so it checks the reference's too.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def clip_term(r: float, adv: float, low: float, high: float, delta: float | None
     """loss, d loss / d r, clipped"""
     first = r if delta is None else min(r, delta)
     second = max(1.0 - low, min(1.0 + high, r))
-    clipped = (adv > 0 and r > 1.0 + high) or (adv < 0 and r < 1.0 - low) or (delta is not None and adv < 0 and r > delta)
+    clipped = (
+        (adv > 0 and r > 1.0 + high) or (adv < 0 and r < 1.0 - low) or (delta is not None and adv < 0 and r > delta)
+    )
     loss = -min(first * adv, second * adv)
     return loss, 0.0 if clipped else -adv, clipped
 
@@ -96,7 +98,9 @@ def kl_term(name: str, t: Token, weighted: bool) -> tuple[float, float]:
     return value, slope
 
 
-def hybrid_loss(sequences, expert, groups, objective, mu, *, has_ref, has_sum_sq, length, denominators=(None, None)) -> Result:
+def hybrid_loss(
+    sequences, expert, groups, objective, mu, *, has_ref, has_sum_sq, length, denominators=(None, None)
+) -> Result:
     """`sequences`: a list of {position: Token} of the live tokens."""
     out, n = Result(), len(sequences)
     terms: list[dict[int, tuple[float, float]]] = [{} for _ in range(n)]  # loss, slope before weights
@@ -148,7 +152,18 @@ def hybrid_loss(sequences, expert, groups, objective, mu, *, has_ref, has_sum_sq
                 row[3] += token.adv / len(sequences[i])
             own = cs if expert[i] else cr
             n_t = 1.0 - 2.0 * p + token.sum_sq if has_sum_sq else 0.0
-            sums = (-token.logp, None, (cs - cr) ** 2, cs, cr, cs * cs, cr * cr, cs * cr, own * own * n_t, (cs - cr) ** 2 * n_t)
+            sums = (
+                -token.logp,
+                None,
+                (cs - cr) ** 2,
+                cs,
+                cr,
+                cs * cs,
+                cr * cr,
+                cs * cr,
+                own * own * n_t,
+                (cs - cr) ** 2 * n_t,
+            )
             for column, value in enumerate(sums, start=2):
                 row[column] += value or 0.0
         out.rows.append(row)

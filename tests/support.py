@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import torch
+from naive import Token
 
 import gac_kernels as gk
-from naive import Token
 
 POISON = (float("nan"), float("inf"), -float("inf"))
 
@@ -32,8 +32,8 @@ class Case:
     """One random batch, as lists for the naive oracle and as tensors for the package."""
 
     def __init__(
-        self, lengths, expert, *, seed=0, total_length=None, old=True, ref=True, rollout=True, entropy=True, sum_sq=True,
-        token_advantages=False, holes=True, spread=0.3, groups=None, dtype=torch.float64, poison=True,
+        self, lengths, expert, *, seed=0, total_length=None, old=True, ref=True, rollout=True, entropy=True,
+        sum_sq=True, token_advantages=False, holes=True, spread=0.3, groups=None, dtype=torch.float64, poison=True,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(seed)
         self.lengths, self.expert, self.dtype = list(lengths), list(expert), dtype
@@ -83,7 +83,10 @@ class Case:
     def _make(self, select, build):
         batch = build(
             self._token_tensors(select)
-            | {"is_expert_S": torch.tensor(self.expert, dtype=torch.bool), "groups": torch.tensor(self.groups, dtype=torch.long)}
+            | {
+                "is_expert_S": torch.tensor(self.expert, dtype=torch.bool),
+                "groups": torch.tensor(self.groups, dtype=torch.long),
+            }
         )
         extra = {"logprobs": select(self.logp), "entropy": self.entropy, "sum_sq": self.sum_sq}
         return batch, {k: v if v is None or k == "logprobs" else select(v) for k, v in extra.items()}

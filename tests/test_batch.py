@@ -73,7 +73,11 @@ def test_demonstrations_need_no_advantages():
 @pytest.mark.parametrize(
     ("keywords", "error", "match"),
     [
-        ({"logprobs": torch.zeros(S, T + 1)}, ValueError, r"logprobs must have the targets' shape \(3, 5\), got \(3, 6\)"),
+        (
+            {"logprobs": torch.zeros(S, T + 1)},
+            ValueError,
+            r"logprobs must have the targets' shape \(3, 5\), got \(3, 6\)",
+        ),
         ({"logprobs": TARGETS}, TypeError, "logprobs must be a floating point tensor, got torch.int64"),
         ({"logprobs": None}, TypeError, "logprobs must be"),
         ({"logprobs": torch.zeros(S, T, device="meta")}, ValueError, "logprobs must be on cpu"),

@@ -38,7 +38,9 @@ def operator_args(case: Case, objective: gk.HybridObjective, layout: str):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o.policy).__name__)
 def test_opcheck(objective, layout, form):
     for dtype in (torch.float32, torch.float64):
-        case = Case((5, 0, 9), (False, True, False), seed=61, dtype=dtype, poison=False, entropy=objective.entropy_coef > 0)
+        case = Case(
+            (5, 0, 9), (False, True, False), seed=61, dtype=dtype, poison=False, entropy=objective.entropy_coef > 0
+        )
         args = operator_args(case, objective, layout)
         torch.library.opcheck(getattr(torch.ops.gac_kernels, form).default, args)
 
@@ -99,7 +101,9 @@ def test_needs_no_gradient():
     """Without a gradient to compute, and for an entropy that carries none, nothing is attached."""
     batch, extra = Case((5, 3), (False, True), seed=65, poison=False).padded()
     assert not gk.hybrid_loss(extra["logprobs"], batch, gk.HybridObjective(), 0.3).loss.requires_grad
-    out = gk.hybrid_loss(extra["logprobs"], batch, gk.HybridObjective(entropy_coef=0.1), 0.3, entropy=extra["entropy"].requires_grad_())
+    out = gk.hybrid_loss(
+        extra["logprobs"], batch, gk.HybridObjective(entropy_coef=0.1), 0.3, entropy=extra["entropy"].requires_grad_()
+    )
     out.loss.backward()
     assert extra["entropy"].grad.ne(0).any()
     assert ops.hybrid_loss is gk.hybrid_loss

@@ -32,7 +32,8 @@ def by_hand(logits, target, *, scale=1.0, cap=None, temperature=1.0):
 
 
 @pytest.mark.parametrize(
-    "transform", [{}, {"temperature": 0.7}, {"cap": 2.0}, {"scale": 0.25}, {"scale": 2.0, "cap": 3.0, "temperature": 1.3}]
+    "transform",
+    [{}, {"temperature": 0.7}, {"cap": 2.0}, {"scale": 0.25}, {"scale": 2.0, "cap": 3.0, "temperature": 1.3}],
 )
 def test_token_logprobs(transform):
     logits, targets = rows()
@@ -115,7 +116,7 @@ def test_gift_closed_form(beta, smooth):
 
 
 def test_gift_limits_and_small_probabilities():
-    """beta = 0 distils the base; a large beta is plain SFT; beta = 20 with p0_y = 1e-12 has the exact ratio e^20 1e-12."""
+    """beta = 0 distils the base; a large beta is plain SFT; beta = 20 with p0_y = 1e-12 has the ratio e^20 1e-12."""
     (logits, targets), (base, _) = rows(5, 3), rows(5, 4)
     log_p = torch.log_softmax(logits, -1)
     distil = reference.gift_loss(logits, base, targets, gk.GIFT(0.0))

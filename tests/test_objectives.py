@@ -1,4 +1,4 @@
-"""Objectives validate themselves; a user's gate is checked for the four conditions; a custom gate computes what it says."""
+"""Objectives validate themselves; a user's gate is checked for the four conditions and computes what it says."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def test_bad_values_name_the_argument(make, name):
         make()
 
 
-@pytest.mark.parametrize("make", [lambda: gk.SAPO(tau_pos="1"), lambda: gk.GRPO(clip_low=True), lambda: gk.HybridObjective("sapo")])
+@pytest.mark.parametrize(
+    "make", [lambda: gk.SAPO(tau_pos="1"), lambda: gk.GRPO(clip_low=True), lambda: gk.HybridObjective("sapo")]
+)
 def test_bad_types_name_the_argument(make):
     with pytest.raises(TypeError, match=r"^(tau_pos|clip_low|policy) must be"):
         make()
@@ -69,14 +71,17 @@ def softsign_slope(u, tau):
 
 INADMISSIBLE = {
     "its derivative": gk.Gate("wrong slope", softsign, lambda u, tau: (1.0 + (tau * u) ** 2) ** -1.4),
-    "global maximum 1": gk.Gate("too steep", lambda u, tau: 2 * softsign(u, tau), lambda u, tau: 2 * softsign_slope(u, tau)),
+    "global maximum 1": gk.Gate(
+        "too steep", lambda u, tau: 2 * softsign(u, tau), lambda u, tau: 2 * softsign_slope(u, tau)
+    ),
     "continuous": gk.Gate("clipped", lambda u, tau: u.clamp(-0.2, 0.2), lambda u, tau: (u.abs() <= 0.2).to(u.dtype)),
     "fall away": gk.Gate("identity", lambda u, tau: u, lambda u, tau: torch.ones_like(u)),
     "go to 0": gk.Gate("log", lambda u, tau: torch.log1p(u.abs()) * u.sign(), lambda u, tau: 1 / (1 + u.abs())),
     "finite": gk.Gate("nan", softsign, lambda u, tau: torch.where(u > 5, math.nan, softsign_slope(u, tau))),
 }
 MATCH = {
-    "its derivative": "slope must be the derivative", "global maximum 1": "global maximum 1", "continuous": "continuous|derivative of value",
+    "its derivative": "slope must be the derivative", "global maximum 1": "global maximum 1",
+    "continuous": "continuous|derivative of value",
     "fall away": "fall away", "go to 0": r"r f'\(r\) must go to 0", "finite": "must be finite",
 }  # fmt: skip
 
@@ -90,7 +95,9 @@ def test_inadmissible_gates_are_refused(condition):
 @pytest.mark.parametrize("name", ["sigmoid", "erf", "arctan", "softsign"])
 @pytest.mark.parametrize("tau", [1.0, 1.05, 10.0, 12.0])
 def test_built_in_gates_pass_the_check(name, tau):
-    gk.Gate(name, lambda u, tau: reference.gate(name, u, tau)[0], lambda u, tau: reference.gate(name, u, tau)[1]).check(tau)
+    gk.Gate(name, lambda u, tau: reference.gate(name, u, tau)[0], lambda u, tau: reference.gate(name, u, tau)[1]).check(
+        tau
+    )
 
 
 def test_custom_gate_equals_the_built_in_one():

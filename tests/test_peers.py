@@ -42,7 +42,9 @@ PEERS = {
         ("sapo", "seq-mean-token-mean", {"tau_pos": 10.0, "tau_neg": 12.0}),
     ),
     "GRPO": Peer(
-        hybrid(gk.GRPO()), {"loss_type": "grpo"}, ("vanilla", "seq-mean-token-mean", {"clip_ratio": 0.2, "clip_ratio_c": 1e9})
+        hybrid(gk.GRPO()),
+        {"loss_type": "grpo"},
+        ("vanilla", "seq-mean-token-mean", {"clip_ratio": 0.2, "clip_ratio_c": 1e9}),
     ),
     "GRPO two-sided": Peer(
         hybrid(gk.GRPO(delta=1.3)),
@@ -126,7 +128,7 @@ def test_verl(backend, name):
     case = Case(LENGTHS, (False,) * 6, seed=23, poison=False, spread=0.4, rollout=name != "GSPO")
     leaf = case.logp.clone().requires_grad_()
     loss, _ = algos.get_policy_loss_fn(loss_name)(
-        old_log_prob=case.old, log_prob=leaf, advantages=case.adv[:, None].expand_as(leaf), response_mask=case.mask.double(),
-        loss_agg_mode=aggregation, config=config, rollout_is_weights=case.rollout,
+        old_log_prob=case.old, log_prob=leaf, advantages=case.adv[:, None].expand_as(leaf),
+        response_mask=case.mask.double(), loss_agg_mode=aggregation, config=config, rollout_is_weights=case.rollout,
     )  # fmt: skip
     check(case, PEERS[name].objective, loss, leaf)

@@ -24,6 +24,7 @@ FORBIDDEN = {
     "train": ("_triton", "_C"),
 }
 
+
 def imports_of(path: Path) -> set[str]:
     """Names imported anywhere in a file, type checking only imports excepted: `types`, `train.loop`, `torch`, ..."""
     tree = ast.parse(path.read_text())

@@ -41,7 +41,12 @@ def compare(case: Case, objective: gk.HybridObjective, mu: float, layout: str, *
         expected = torch.as_tensor(expected, dtype=torch.float64).reshape(got.shape)
         torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=floor, msg=lambda m: f"{name}: {m}")
 
-    for name, value in (("policy", out.policy_loss), ("supervised", out.supervised_loss), ("kl", out.kl), ("entropy", out.entropy)):
+    for name, value in (
+        ("policy", out.policy_loss),
+        ("supervised", out.supervised_loss),
+        ("kl", out.kl),
+        ("entropy", out.entropy),
+    ):
         close(name, value, getattr(want, name))
     close("loss", out.loss.detach(), want.loss)
     close("rows", out.signals.rows, want.rows)
@@ -191,12 +196,15 @@ def test_accumulated_micro_batches_equal_one_batch(backend):
         out = gk.hybrid_loss(whole, batch, objective, 0.3)
         out.loss.backward()
         live, expert = batch.mask.any(-1), torch.tensor(EXPERT)
-        counts = [batch.mask[expert == e].sum() if aggregation == "token-mean" else live[expert == e].sum() for e in (False, True)]
+        counts = [
+            batch.mask[expert == e].sum() if aggregation == "token-mean" else live[expert == e].sum()
+            for e in (False, True)
+        ]
         total, signals, grads = 0.0, None, []
         for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
             micro = gk.TokenBatch.from_padded(
-                batch.targets[part], batch.mask[part], is_expert_S=batch.is_expert[part], advantages=batch.advantages[part],
-                old_logprobs=batch.old_logprobs[part], ref_logprobs=batch.ref_logprobs[part],
+                batch.targets[part], batch.mask[part], is_expert_S=batch.is_expert[part],
+                advantages=batch.advantages[part], old_logprobs=batch.old_logprobs[part], ref_logprobs=batch.ref_logprobs[part],
                 rollout_weights=batch.rollout_weights[part],
             )  # fmt: skip
             leaf = extra["logprobs"][part].clone().requires_grad_()
@@ -217,7 +225,8 @@ def test_dead_rows_change_nothing(backend):
     out = gk.hybrid_loss(extra["logprobs"], batch, gk.HybridObjective(), 0.3)
     short = gk.TokenBatch.from_padded(
         batch.targets[:2], batch.mask[:2], is_expert_S=batch.is_expert[:2], advantages=batch.advantages[:2],
-        old_logprobs=batch.old_logprobs[:2], ref_logprobs=batch.ref_logprobs[:2], rollout_weights=batch.rollout_weights[:2],
+        old_logprobs=batch.old_logprobs[:2], ref_logprobs=batch.ref_logprobs[:2],
+        rollout_weights=batch.rollout_weights[:2],
     )  # fmt: skip
     alone = gk.hybrid_loss(extra["logprobs"][:2], short, gk.HybridObjective(), 0.3)
     torch.testing.assert_close(out.loss, alone.loss, rtol=1e-15, atol=0)

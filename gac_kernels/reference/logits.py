@@ -1,4 +1,4 @@
-"""Eager formulas from logits on: log-probs, GIFT and the hybrid loss of a batch of logits. The oracle of the row kernels."""
+"""From logits on: log-probs, GIFT and the hybrid loss of a batch of logits. The oracle of the row kernels."""
 
 from __future__ import annotations
 
@@ -73,8 +73,11 @@ def hybrid_loss_from_logits(
         logits = transformed(logits, replace(transform, temperature=1.0)) / token_N[..., None]
         transform = LogitTransform()
     out = token_logprobs(logits, batch.targets, batch.mask, transform)
+    assert out.logprobs is not None
     supervised_N = None
     if isinstance(objective.supervised, GIFT):
+        if batch.base_logits is None:
+            raise ValueError("batch.base_logits must be given: GIFT compares with the base model")
         live = batch.mask[..., None]
         z = transformed(torch.where(live, logits, 0.0), transform)
         base = torch.where(live, batch.base_logits.to(z.dtype), 0.0)

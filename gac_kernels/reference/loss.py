@@ -85,7 +85,12 @@ def hybrid_loss(
 
 
 def _summed(
-    t: _Terms, batch: TokenBatch, objective: HybridObjective, mu: float | Tensor, entropy: Tensor | None, sum_sq: Tensor | None
+    t: _Terms,
+    batch: TokenBatch,
+    objective: HybridObjective,
+    mu: float | Tensor,
+    entropy: Tensor | None,
+    sum_sq: Tensor | None,
 ) -> HybridLoss:
     segments, policy_N, logp_N = t.tokens.segments, t.tokens.policy_N, t.logp_N
     mu = torch.as_tensor(mu, dtype=logp_N.dtype, device=logp_N.device).detach()

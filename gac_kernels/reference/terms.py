@@ -36,7 +36,7 @@ class Segments:
     """Sums over, and broadcasts to, the tokens of each sequence of a batch whose token tensors are flat ``(N,)``."""
 
     count: int
-    length: int | None
+    length: int  # T of a padded batch, 0 for a packed one
     ids_N: Tensor | None
 
     @classmethod
@@ -45,7 +45,7 @@ class Segments:
             return cls(batch.num_sequences, batch.targets.shape[1], None)
         position_N = torch.arange(batch.targets.shape[0], device=batch.targets.device)
         ids_N = torch.bucketize(position_N, batch.cu_seqlens[1:], right=True)
-        return cls(batch.num_sequences, None, ids_N)
+        return cls(batch.num_sequences, 0, ids_N)
 
     def sum(self, value_N: Tensor) -> Tensor:
         if self.ids_N is None:
@@ -60,7 +60,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch laid flat in one dtype. Dead places are replaced before any arithmetic, so that nothing leaks from them."""
+    """A batch laid flat in one dtype. Dead places are replaced before any arithmetic: nothing leaks from them."""
 
     segments: Segments
     live_N: Tensor
@@ -78,8 +78,11 @@ class Tokens:
         live_N = batch.mask.reshape(-1)
         policy_N = live_N & ~segments.expand(batch.is_expert)
 
+        def select(value: Tensor) -> Tensor:
+            return torch.where(policy_N, value.reshape(-1).to(dtype), 0.0)
+
         def flat(value: Tensor | None) -> Tensor | None:
-            return None if value is None else torch.where(policy_N, value.reshape(-1).to(dtype), 0.0)
+            return None if value is None else select(value)
 
         advantages = batch.advantages
         if advantages is None:  # demonstrations only; a rollout row, were there one, must not pass for a zero
@@ -87,7 +90,7 @@ class Tokens:
         if advantages.shape == batch.is_expert.shape and advantages.shape != batch.targets.shape:
             advantages = segments.expand(advantages)
         return cls(
-            segments, live_N, policy_N, flat(advantages), flat(batch.old_logprobs), flat(batch.ref_logprobs),
+            segments, live_N, policy_N, select(advantages), flat(batch.old_logprobs), flat(batch.ref_logprobs),
             flat(batch.rollout_weights), batch.groups, batch.is_expert,
         )  # fmt: skip
 
@@ -134,7 +137,9 @@ def _cancellation(force_S: Tensor, groups_S: Tensor, member_S: Tensor) -> Tensor
     return (residual_S * share_S).sum() / share_S.sum().clamp(min=1.0)
 
 
-def policy_terms(logp_N: Tensor, tokens: Tokens, objective: HybridObjective) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def policy_terms(
+    logp_N: Tensor, tokens: Tokens, objective: HybridObjective
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Value and slope of each token's policy term, rollout weight included, and what the metrics need."""
     policy, adv_N = objective.policy, tokens.advantages_N
     log_ratio_N, alive_N = log_ratio(torch.where(tokens.policy_N, logp_N, 0.0), tokens.old_N)
@@ -143,7 +148,9 @@ def policy_terms(logp_N: Tensor, tokens: Tokens, objective: HybridObjective) -> 
     ratio_N = log_ratio_N.exp()
     seen = {"log_ratio": log_ratio_N, "ratio": ratio_N}
     if isinstance(policy, SAPO):
-        (pos_N, pos1_N), (neg_N, neg1_N) = (gate(policy.gate, ratio_N - 1.0, t) for t in (policy.tau_pos, policy.tau_neg))
+        (pos_N, pos1_N), (neg_N, neg1_N) = (
+            gate(policy.gate, ratio_N - 1.0, t) for t in (policy.tau_pos, policy.tau_neg)
+        )
         seen["update"] = torch.where(adv_N > 0, pos1_N, neg1_N)
         loss_N = -adv_N * torch.where(adv_N > 0, pos_N, neg_N)
         slope_N = torch.where(alive_N, -adv_N * seen["update"] * ratio_N, 0.0)
@@ -183,6 +190,7 @@ def _coupled_terms(
         slope_N = torch.where(alive_N, segments.expand(upstream_S * weight_S / count_S), 0.0)
     else:
         member_S, adv_S = size_S > 0, segments.sum(adv_N) / count_S
+        assert tokens.groups_S is not None  # DFPO; checked where the batch meets the objective
         new_S = transform_weights(policy, weight_S.detach(), adv_S, tokens.groups_S, member_S)
         seen["residual"] = _cancellation(adv_S * new_S, tokens.groups_S, member_S)
         slope_N = -rollout_N * segments.expand(torch.where(member_S, new_S, 0.0)) * adv_N
@@ -192,6 +200,7 @@ def _coupled_terms(
 
 def kl_terms(logp_N: Tensor, tokens: Tokens, objective: HybridObjective) -> tuple[Tensor, Tensor]:
     """Value and slope of each token's KL estimate. The input is clamped, not the output: the gradient stays finite."""
+    assert tokens.ref_N is not None
     raw_N = tokens.ref_N - logp_N
     d_N = raw_N.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     if objective.kl_estimator == "k1":
@@ -228,5 +237,6 @@ def sequence_weights(
     if aggregation == "seq-mean-token-mean":
         per_S = torch.where(member_S, count_S, 1.0)
     elif aggregation == "seq-mean-token-sum-norm":
+        assert norm_length is not None
         per_S = per_S * norm_length
     return torch.where(member_S, 1.0 / (per_S * torch.where(member_S, total, 1.0)), 0.0)
