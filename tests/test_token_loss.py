@@ -204,8 +204,8 @@ def test_accumulated_micro_batches_equal_one_batch(backend):
         for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
             micro = gk.TokenBatch.from_padded(
                 batch.targets[part], batch.mask[part], is_expert_S=batch.is_expert[part],
-                advantages=batch.advantages[part], old_logprobs=batch.old_logprobs[part], ref_logprobs=batch.ref_logprobs[part],
-                rollout_weights=batch.rollout_weights[part],
+                advantages=batch.advantages[part], old_logprobs=batch.old_logprobs[part],
+                ref_logprobs=batch.ref_logprobs[part], rollout_weights=batch.rollout_weights[part],
             )  # fmt: skip
             leaf = extra["logprobs"][part].clone().requires_grad_()
             piece = gk.hybrid_loss(leaf, micro, objective, 0.3, denominators=gk.Denominators(*map(float, counts)))
