@@ -43,28 +43,29 @@ READ_ONLY = {
 }
 
 
-def content(step: int, size: int) -> dict[str, Any]:
-    """What step `step` saves: a function of the step alone, so that a loaded checkpoint can be judged."""
-    weight = torch.arange(size, dtype=torch.float32) + step
+def content(step: int, size: int, version: int = 0) -> dict[str, Any]:
+    """What a step saves: a function of these numbers alone, so that a loaded checkpoint can be judged."""
+    weight = torch.arange(size, dtype=torch.float32) + step + 100 * version
     return {
         "tensors": {"embedding": weight, "head": weight, "bias": torch.full((3,), step, dtype=torch.bfloat16)},
-        "state": {"step": step, "moment": weight[::2] * 0.5, "rng": (3, (step,) * 5, None)},
+        "state": {"step": step, "version": version, "moment": weight[::2] * 0.5, "rng": (3, (step,) * 5, None)},
     }
 
 
-def check(directory: Path, size: int) -> int:
-    """Load without a warning, compare with what that step saved, return the step (-1: none)."""
+def check(directory: Path, size: int) -> tuple[int, int]:
+    """Load without a warning, compare with what was saved, return (step, version); step -1: none."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = load_checkpoint(directory)
     if found is None:
-        return -1
-    expected = content(found.step, size)
+        return -1, 0
+    version = found.state["version"]
+    expected = content(found.step, size, version)
     assert found.tensors.keys() == expected["tensors"].keys()
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected["tensors"].items())
     assert torch.equal(found.state.pop("moment"), expected["state"].pop("moment"))
     assert found.state == expected["state"]
-    return found.step
+    return found.step, version
 
 
 def run_child(body: Callable[[], None]) -> int:
@@ -108,32 +109,31 @@ def kill_at_line(count: int, body: Callable[[], None]) -> None:
 
 
 def every_line(directory: Path) -> dict[str, int]:
+    """A checkpoint is replaced and another one pruned, which takes every line that writes."""
     size, counts = 8, {"kills": 0, "old": 0, "new": 0, "leftovers": 0}
-    start = directory / "start"
+    start, run = directory / "start", directory / "run"
     for step in (1, 2):
         save_checkpoint(start, step, **content(step, size))
-    for step in (3, 2):  # a new step, and one that replaces its own predecessor
-        for line in range(1, 10_000):
-            shutil.copytree(start, directory / "run")
-            child = run_child(lambda n=line, s=step: kill_at_line(n, lambda: save_again(directory / "run", s, size)))
-            was_killed = killed(child)
-            found = check(directory / "run", size)
-            assert found in (2, step), f"killed at line {line} of saving step {step}: loaded step {found}"
-            counts["leftovers"] += any(path.name.startswith(".") for path in (directory / "run").iterdir())
-            save_again(directory / "run", step, size)  # the next run gets on, and clears away what was left
-            kept = sorted(path.name for path in (directory / "run").iterdir())
-            assert kept == [f"step-{s:08d}" for s in (step - 1, step)], kept
-            shutil.rmtree(directory / "run")
-            if not was_killed:
-                assert found == step
-                break
-            counts["kills"] += 1
-            counts["new" if found == 3 else "old"] += 1
+
+    def replace_and_prune() -> None:
+        save_checkpoint(run, 2, **content(2, size, version=1), keep=1)
+
+    for line in range(1, 10_000):
+        shutil.copytree(start, run)
+        was_killed = killed(run_child(lambda n=line: kill_at_line(n, replace_and_prune)))
+        found = check(run, size)
+        assert found in ((2, 0), (2, 1)), f"killed at line {line}: loaded {found}"
+        assert was_killed or found == (2, 1)
+        counts["leftovers"] += any(path.name.startswith(".") for path in run.iterdir())
+        replace_and_prune()  # the next sitting gets on, and clears away what was left
+        assert check(run, size) == (2, 1)
+        assert [path.name for path in run.iterdir()] == ["step-00000002"]
+        shutil.rmtree(run)
+        if not was_killed:
+            break
+        counts["kills"] += 1
+        counts["new" if found == (2, 1) else "old"] += 1
     return counts
-
-
-def save_again(directory: Path, step: int, size: int) -> None:
-    save_checkpoint(directory, step, **content(step, size))
 
 
 def at_random(directory: Path, seconds: float) -> dict[str, int]:
@@ -147,7 +147,7 @@ def at_random(directory: Path, seconds: float) -> dict[str, int]:
         reading, writing = os.pipe()
 
         def train(report: int = writing) -> None:
-            step = check(run, size)
+            step, _ = check(run, size)
             while True:
                 step += 1
                 save_checkpoint(run, step, **content(step, size))
@@ -161,7 +161,7 @@ def at_random(directory: Path, seconds: float) -> dict[str, int]:
         reported = os.read(reading, 1 << 16)
         os.close(reading)
         durable = max(durable, int.from_bytes(reported[-4:], "little") if reported else -1)
-        found = check(run, size) if run.exists() else -1
+        found, _ = check(run, size)
         assert found in (durable, durable + 1), f"step {durable} was saved, loaded step {found}"
         durable = found
         counts["kills"] += 1
