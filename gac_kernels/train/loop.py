@@ -1,0 +1,278 @@
+"""The training loop, one optimizer step at a time.
+
+Simplifications, stated first: one process (ranks exist in the data positions and the denominators only), rollouts by
+``generate`` of the very model that is trained, dropout off, no mixed precision beyond the weights' own dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..objectives import NLL, HybridObjective
+from ..ops import hybrid_loss
+from ..types import Denominators, HybridLoss
+from .collect import Collector
+from .config import TrainConfig
+from .mixing import build_mixing
+from .model import build_model, stop_tokens
+from .rollouts import Codec, RolloutBatch, token_statistics
+from .tasks import build_task
+
+_WARM_START = HybridObjective(supervised=NLL("none"))
+
+
+class Trainer:
+    """Model, data and controller of one run, and the step that joins them.
+
+    ``step()`` is: prompts -> rollouts -> rewards -> group-relative advantages -> hybrid loss -> AdamW, and signals ->
+    controller -> mu of the next step. The whole state goes through ``state_dict`` and ``load_state_dict``: a run
+    continued from there takes the same steps bit for bit as one that was never interrupted.
+
+    Args:
+        config: the run.
+        rank, world_size: which share of the data positions this process takes.
+    """
+
+    def __init__(self, config: TrainConfig, *, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}")
+        self.config = config
+        task = build_task(config)
+        self.model, self.tokenizer = build_model(config, task)
+        codec = Codec(self.tokenizer, stop_tokens(self.model, self.tokenizer))
+        self.collector = Collector(config, task, codec, rank=rank, world_size=world_size)
+        self.reference: PreTrainedModel | None = None
+        self.mixing = build_mixing(config)
+        self.optimizer = self._new_optimizer()
+        self.steps_done = 0
+        self._batch: RolloutBatch | None = None
+        self._batch_uses = 0
+        self._batch_metrics: dict[str, float] = {}
+        self._rng: dict[str, Tensor] = {}
+        with self._own_rng():
+            torch.manual_seed(config.seed * 1_000_003 + rank)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the next step belongs to the supervised warm start."""
+        return self.steps_done < self.config.warmup_sft_steps
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step.
+
+        Returns:
+            What to log: ``mu`` and the controller's own metrics, ``loss`` and its parts, ``kl`` and ``entropy`` (nats),
+            ``effective_update_ratio``, ``reward``, ``grad_norm``, ``lr``, and ``step_seconds`` with the
+            shares ``rollout_seconds`` and ``controller_seconds`` in it.
+        """
+        began = time.perf_counter()
+        warming = self.warming_up
+        with self._own_rng():
+            batch = self._next_batch()
+            mu, scale = self.mixing.mu, self.mixing.scale
+            if warming:
+                mu, scale = torch.ones_like(mu), torch.ones_like(scale)
+            objective = _WARM_START if warming else self.config.objective
+            rollout_seconds = time.perf_counter() - began
+            logged, controller_seconds = self._update(batch, objective, mu, scale)
+        logged["mu"] = mu
+        if not warming:
+            logged |= self.mixing.metrics()
+        self.steps_done += 1
+        values = torch.stack([value.double().reshape(()) for value in logged.values()]).tolist()
+        return {
+            **dict(zip(logged, values, strict=True)),
+            **self._batch_metrics,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "step_seconds": time.perf_counter() - began,
+            "rollout_seconds": rollout_seconds,
+            "controller_seconds": controller_seconds,
+        }
+
+    def evaluate(self) -> float:
+        """Accuracy of greedy completions on the held-out problems, in [0, 1]."""
+        return self.collector.accuracy(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"tensors": the weights, "state": all else}``, both live: copy before stepping on.
+
+        ``tensors`` is for safetensors; ``state`` holds plain values and tensors only (``weights_only=True`` reads it).
+        """
+        tensors = {f"policy.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.reference is not None:
+            tensors |= {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
+        state = {
+            "config": self.config.to_dict(),
+            "steps_done": self.steps_done,
+            "optimizer": self.optimizer.state_dict(),
+            "mixing": self.mixing.state_dict(),
+            "collector": self.collector.state_dict(),
+            "rng": self._rng,
+            "batch": None if self._batch is None else self._batch.state_dict(),
+            "batch_uses": self._batch_uses,
+            "batch_metrics": self._batch_metrics,
+        }
+        return {"tensors": tensors, "state": state}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``; raises ValueError naming every setting that differs from that run's."""
+        tensors, state = saved["tensors"], saved["state"]
+        self.config.check_resumable(state["config"])
+        self.model.load_state_dict(_with_prefix(tensors, "policy."))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.mixing.load_state_dict(state["mixing"])
+        self.collector.load_state_dict(state["collector"])
+        self._rng = dict(state["rng"])
+        self.steps_done = state["steps_done"]
+        batch = state["batch"]
+        device = torch.device(self.config.device)
+        self._batch = None if batch is None else RolloutBatch(**{k: v.to(device) for k, v in batch.items()})
+        self._batch_uses, self._batch_metrics = state["batch_uses"], dict(state["batch_metrics"])
+        if reference := _with_prefix(tensors, "reference."):
+            self._freeze_reference()
+            self.reference.load_state_dict(reference)
+
+    # one step ---------------------------------------------------------------------------------------------------------
+
+    def _next_batch(self) -> RolloutBatch:
+        """The rollout batch under way, or a new one when it has served its ``updates_per_rollout`` steps."""
+        if self.warming_up:
+            return self.collector.warm_start().batch
+        if self.steps_done == self.config.warmup_sft_steps:
+            self._begin_run_proper()
+        if self._batch is None or self._batch_uses == self.config.updates_per_rollout:
+            collected = self.collector.rollouts(self.model, self.mixing)
+            batch = collected.batch
+            if self.config.updates_per_rollout > 1:  # else the ratio is 1 by definition and needs no second pass
+                batch = replace(batch, old_logprobs=self._logprobs(self.model, batch))
+            if self.reference is not None:
+                batch = replace(batch, ref_logprobs=self._logprobs(self.reference, batch))
+            self._batch, self._batch_uses, self._batch_metrics = batch, 0, collected.metrics
+        self._batch_uses += 1
+        return self._batch
+
+    def _begin_run_proper(self) -> None:
+        """A fresh optimizer, as if the warm start had been a run of its own, and the reference model."""
+        self.optimizer = self._new_optimizer()
+        if self.config.reference:
+            self._freeze_reference()
+
+    def _update(
+        self, batch: RolloutBatch, objective: HybridObjective, mu: Tensor, scale: Tensor
+    ) -> tuple[dict[str, Tensor], float]:
+        """Gradients of all micro-batches, one AdamW step, one controller step.
+
+        Returns:
+            What to log, and the seconds spent in the controller.
+        """
+        warming, controller_seconds, parts = self.warming_up, 0.0, []
+        # Counts of the whole step: micro-batches then add up to the loss of one batch. A branch without rows divides
+        # nothing, so any count that is not 0 does.
+        counts = Denominators(
+            policy=max(1, batch.count(objective.aggregation, expert=False)),
+            supervised=max(1, batch.count(objective.supervised_aggregation, expert=True)),
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        for rows in batch.micro_batches():
+            tokens = rows.token_batch()
+            stats = token_statistics(self.model, rows, self.config.temperature)
+            result = hybrid_loss(
+                stats.logprobs, tokens, objective, mu, entropy=stats.entropy, sum_sq=stats.sum_sq, denominators=counts
+            )
+            (scale * result.loss).backward()
+            parts.append((result, rows.count("token-mean", expert=False)))
+            if not warming:
+                began = time.perf_counter()
+                self.mixing.observe(result, tokens)
+                controller_seconds += time.perf_counter() - began
+        logged = _summary(parts)
+        logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.config.clip_norm, error_if_nonfinite=True
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.optimizer.step()
+        if not warming:
+            began = time.perf_counter()
+            self.mixing.step(logged["kl"] if self.reference is not None else None)
+            controller_seconds += time.perf_counter() - began
+        return logged, controller_seconds
+
+    def _learning_rate(self) -> float:
+        """Linear rise over ``lr_warmup`` steps, then half a cosine down to ``lr_final`` of the peak, in each phase."""
+        config = self.config
+        if self.warming_up:
+            peak, step, steps = config.warmup_sft_lr, self.steps_done, config.warmup_sft_steps
+        else:
+            peak, step, steps = config.learning_rate, self.steps_done - config.warmup_sft_steps, config.steps
+        rise = min(1.0, (step + 1) / (config.lr_warmup + 1))
+        passed = max(0.0, (step - config.lr_warmup) / max(1, steps - config.lr_warmup))
+        return peak * rise * (config.lr_final + (1.0 - config.lr_final) * 0.5 * (1.0 + math.cos(math.pi * passed)))
+
+    def _logprobs(self, model: PreTrainedModel, batch: RolloutBatch) -> Tensor:
+        """``(S, T)`` by the micro-batches of training, so that no rounding differs from theirs."""
+        with torch.no_grad():
+            parts = [token_statistics(model, rows, self.config.temperature).logprobs for rows in batch.micro_batches()]
+        return torch.cat(parts)
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=self.config.weight_decay)
+
+    def _freeze_reference(self) -> None:
+        self.reference = copy.deepcopy(self.model).requires_grad_(False)
+
+    # randomness -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _own_rng(self) -> Iterator[None]:
+        """Run on the trainer's own random state: what else the process draws changes nothing here, nor we there."""
+        outside = self._rng_state()
+        self._set_rng_state(self._rng)
+        try:
+            yield
+            self._rng = self._rng_state()
+        finally:
+            self._set_rng_state(outside)
+
+    def _rng_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if torch.device(self.config.device).type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.config.device)
+        return state
+
+    def _set_rng_state(self, state: dict[str, Tensor]) -> None:
+        if "cpu" in state:
+            torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.config.device)
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _summary(parts: list[tuple[HybridLoss, int]]) -> dict[str, Tensor]:
+    """One number for the step from those of its micro-batches, each given with its rollout tokens.
+
+    Losses, KL and entropy were divided by the step's counts, so they add up; ratios are means over rollout tokens.
+    """
+    added = ("loss", "policy_loss", "supervised_loss", "kl", "entropy")
+    logged = {name: torch.stack([getattr(result, name).detach() for result, _ in parts]).sum() for name in added}
+    tokens = sum(count for _, count in parts)
+    for name in parts[0][0].metrics:
+        values = torch.stack([result.metrics[name] for result, _ in parts])
+        if name == "ratio_max":
+            logged[name] = values.max()
+        elif tokens:
+            logged[name] = (values * values.new_tensor([count / tokens for _, count in parts])).sum()
+    return logged

@@ -1,0 +1,32 @@
+"""What a run comes to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run comes to.
+
+    Attributes:
+        accuracy_before: held-out accuracy in [0, 1] where the run proper began, that is after its warm start.
+        accuracy_after: held-out accuracy at the end.
+        mu: the mixing weight that the last step leaves.
+        steps: optimizer steps taken, warm start included, in all sittings together.
+        seconds: wall time of training and evaluation, in all sittings together.
+        output: the run's directory.
+    """
+
+    accuracy_before: float
+    accuracy_after: float
+    mu: float
+    steps: int
+    seconds: float
+    output: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as the command line prints them."""
+        return {**asdict(self), "output": str(self.output)}
