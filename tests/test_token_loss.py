@@ -232,6 +232,15 @@ def test_dead_rows_change_nothing(backend):
     torch.testing.assert_close(out.loss, alone.loss, rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_group_of_one_has_no_residual(backend, dtype):
+    """The orthogonal transform leaves a group of one nothing but rounding, which is no failure to cancel."""
+    case = Case((5, 7, 4), (False, False, False), seed=17, dtype=dtype, groups=[0, 1, 2])
+    batch, extra = case.padded()
+    out = gk.hybrid_loss(extra["logprobs"], batch, gk.HybridObjective(gk.DFPO("adv_orthogonal")), 0.3)
+    assert out.metrics["cancellation_residual"] == 0 and out.policy_loss.abs() < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_logprobs(backend, dtype):
     """bf16 and fp16 log-probs are computed in float32: as exact as their rounding, on-policy ratio exactly 1."""

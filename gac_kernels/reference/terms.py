@@ -126,12 +126,16 @@ def transform_weights(objective: DFPO, weight_S: Tensor, adv_S: Tensor, groups_S
     return weight_S - torch.where(square_S > 0, dot_S / torch.where(square_S > 0, square_S, 1.0), 0.0) * adv_S
 
 
-def _cancellation(force_S: Tensor, groups_S: Tensor, member_S: Tensor) -> Tensor:
-    """Mean over groups of ``|sum_i A_i w~_i| / sum_i |A_i w~_i|``; groups where the denominator is 0 stay out."""
-    force_S = torch.where(member_S, force_S, 0.0)
+def _cancellation(force_S: Tensor, before_S: Tensor, groups_S: Tensor, member_S: Tensor) -> Tensor:
+    """Mean over groups of ``|sum_i A_i w~_i| / sum_i |A_i w~_i|``.
+
+    Groups where the denominator is 0 stay out, and so do those where it is only rounding of the ``A_i w_i`` before the
+    transform: what is left of a group whose weights lie along its advantages (a group of one) has no direction.
+    """
+    force_S, before_S = torch.where(member_S, force_S, 0.0), torch.where(member_S, before_S, 0.0)
     same_SS = (groups_S[:, None] == groups_S[None, :]).to(force_S.dtype)
     total_S = same_SS @ force_S.abs()
-    counted_S = member_S & (total_S > 0)
+    counted_S = member_S & (total_S > 64 * torch.finfo(force_S.dtype).eps * (same_SS @ before_S.abs()))
     residual_S = torch.where(counted_S, (same_SS @ force_S).abs() / torch.where(counted_S, total_S, 1.0), 0.0)
     share_S = counted_S / (same_SS @ counted_S.to(force_S.dtype)).clamp(min=1.0)  # each group weighs 1 in all
     return (residual_S * share_S).sum() / share_S.sum().clamp(min=1.0)
@@ -192,7 +196,7 @@ def _coupled_terms(
         member_S, adv_S = size_S > 0, segments.sum(adv_N) / count_S
         assert tokens.groups_S is not None  # DFPO; checked where the batch meets the objective
         new_S = transform_weights(policy, weight_S.detach(), adv_S, tokens.groups_S, member_S)
-        seen["residual"] = _cancellation(adv_S * new_S, tokens.groups_S, member_S)
+        seen["residual"] = _cancellation(adv_S * new_S, adv_S * weight_S.detach(), tokens.groups_S, member_S)
         slope_N = -rollout_N * segments.expand(torch.where(member_S, new_S, 0.0)) * adv_N
         loss_N = slope_N * logp_N
     return loss_N, slope_N.detach(), {name: value.detach() for name, value in seen.items()}
