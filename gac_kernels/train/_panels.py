@@ -89,8 +89,12 @@ _PANELS = (
     Panel(
         "Time of a step",
         "seconds",
-        {"step_seconds": "whole step", "controller_seconds": "controller and signals"},
-        "logarithmic: the distance between the lines is the controller's share",
+        {
+            "step_seconds": "whole step",
+            "rollout_seconds": "rollouts",
+            "controller_seconds": "controller and signals",
+        },
+        "logarithmic: the distance to the whole step is a part's share",
         log=True,
     ),
 )

@@ -1,0 +1,211 @@
+"""Checkpoints under damage, failing writes and SIGKILL: none of them costs more than the newest checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_checkpoints import FILES, names, save
+
+from gac_kernels.train import checkpoint as module
+from gac_kernels.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+# Damage -------------------------------------------------------------------------------------------------------------
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def expect_previous(directory: Path, *reasons: str) -> None:
+    with pytest.warns(RuntimeWarning) as record:
+        found = load_checkpoint(directory)
+    assert found is not None
+    assert found.step == 1
+    assert torch.equal(found.tensors["w"], torch.arange(6.0) + 1)
+    assert len(record) == 1
+    assert all(reason in str(record[0].message) for reason in reasons), record[0].message
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_means_the_previous_checkpoint(tmp_path: Path, file: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    (path / file).unlink()
+    expect_previous(tmp_path, str(path / file), "No such file")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
+def test_a_truncated_file_means_the_previous_checkpoint(tmp_path: Path, file: str, left: float) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    os.truncate(path / file, int(left * (path / file).stat().st_size))
+    expect_previous(tmp_path, str(path / file), "not a manifest" if file == "manifest.json" else "bytes, the manifest")
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.pt"])
+def test_one_flipped_bit_means_the_previous_checkpoint(tmp_path: Path, file: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / file
+    total = 8 * path.stat().st_size
+    for bit in {0, total - 1, *range(5, total, max(1, total // 60))}:
+        flip_bit(path, bit)
+        expect_previous(tmp_path, str(path), "sha256")
+        flip_bit(path, bit)
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 2
+
+
+def test_no_flipped_bit_of_the_manifest_changes_what_is_loaded(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / "manifest.json"
+    detected = 0
+    total = 8 * path.stat().st_size
+    bits_tried = range(0, total, 15)  # each of the eight bits of a byte in turn
+    for bit in bits_tried:
+        flip_bit(path, bit)
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            found = load_checkpoint(tmp_path)
+        assert found is not None
+        assert found.step == (1 if record else 2)
+        assert torch.equal(found.tensors["w"], torch.arange(6.0) + found.step)
+        detected += bool(record)
+        flip_bit(path, bit)
+    assert detected > 0.8 * len(bits_tried)
+
+
+def test_a_manifest_of_another_format_or_step_is_not_believed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["format_version"] == 1
+    assert manifest["step"] == 2
+    assert set(manifest["files"]) == set(FILES[:2])
+    for change, reason in (({"format_version": 2}, "format version 2"), ({"step": 3}, "says step 3")):
+        path.write_text(json.dumps(manifest | change))
+        expect_previous(tmp_path, str(path), reason)
+
+
+def test_all_damaged_is_an_error_that_lists_them(tmp_path: Path) -> None:
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    (first / "manifest.json").unlink()
+    os.truncate(second / "state.pt", 3)
+    with pytest.warns(RuntimeWarning), pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path)
+    assert str(first / "manifest.json") in str(error.value)
+    assert str(second / "state.pt") in str(error.value)
+
+
+def test_an_intact_file_that_cannot_be_read_is_not_called_damage(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    torch.save({"module": Path("x")}, path / "state.pt")  # as a foreign writer might
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.pt"] = module._seal(path / "state.pt")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        load_checkpoint(tmp_path)
+
+
+# Failing writes and kills -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", ["_write_weights", "_write_state", "_seal", "_flush", "_publish"])
+def test_a_failing_write_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, failing, fail)
+        with pytest.raises(OSError, match="No space left"):
+            save(tmp_path, 3)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 2
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.pt"])
+def test_a_real_failing_write_is_an_oserror_that_names_the_file(tmp_path: Path, file: str) -> None:
+    """The kernel refuses to let a file grow: both writers (Rust, C++) must turn that into an OSError."""
+    resource = pytest.importorskip("resource")
+    save(tmp_path, 1)
+    sizes = {name: 100_000 if name == file else 1 for name in FILES[:2]}
+    tensors, state = ({"w": torch.zeros(sizes[name])} for name in FILES[:2])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{file}.*File too large"):
+            save_checkpoint(tmp_path, 2, tensors=tensors, state=state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == ["step-00000001"]
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL cannot show a missing fsync (the page cache survives it), so the order of the calls is checked."""
+    save(tmp_path, 1, keep=1)
+    events: list[tuple[str, str]] = []
+    fsync, replace, rmtree = os.fsync, os.replace, module.shutil.rmtree
+
+    def record_fsync(descriptor: int) -> None:
+        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def record_replace(source: Path, target: Path) -> None:
+        events.append(("name", Path(target).name))
+        replace(source, target)
+
+    def record_rmtree(path: Path, **options: Any) -> None:
+        events.append(("remove", path.name))
+        rmtree(path, **options)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to tell which file a descriptor is")
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    monkeypatch.setattr(module.shutil, "rmtree", record_rmtree)
+    save(tmp_path, 2, keep=1)
+    kinds = [kind for kind, _ in events]
+    files = [name for kind, name in events[:4]]
+    assert files[:3] == ["weights.safetensors", "state.pt", "manifest.json"]
+    assert files[3].startswith(".tmp-")
+    assert kinds == ["fsync"] * 4 + ["name", "fsync", "name", "remove"]
+    assert events[4] == ("name", "step-00000002")
+    assert events[5] == ("fsync", tmp_path.name)
+    assert all(name.startswith(".tmp-step-00000001") for _, name in events[6:])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the program forks")
+def test_a_kill_at_any_moment_costs_nothing_that_was_saved(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)])}
+    program = [sys.executable, str(Path(__file__).with_name("killed_writer.py")), str(tmp_path), "1.5"]
+    result = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    lines, moments = (json.loads(result.stdout.splitlines()[-1])[mode] for mode in ("lines", "random"))
+    assert min(lines["kills"] - 40, lines["old"], lines["new"]) >= 10, lines
+    assert min(moments["kills"], 5 * moments["steps"]) >= 5, moments
+    assert min(lines["leftovers"], 10 * moments["leftovers"]) >= 10, (lines, moments)  # it did hit the middle of saves
