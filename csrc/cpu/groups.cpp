@@ -13,12 +13,13 @@ double smallest(double a, double b) { return std::isnan(a) || a < b ? a : b; }
 
 // Transforms one group and returns its residual; nan where it is not defined.
 double transform_group(const int64_t* first, const int64_t* last, bool orthogonal, SequenceCoupling* coupling) {
-    double low = coupling[*first].weight, dot = 0, square = 0;
+    double low = coupling[*first].weight, dot = 0, square = 0, before = 0;
     for (const int64_t* s = first; s != last; ++s) {
         const SequenceCoupling& c = coupling[*s];
         low = smallest(low, c.weight);
         dot += c.advantage * c.weight;
         square += c.advantage * c.advantage;
+        before += std::abs(c.advantage * c.weight);
     }
     const double along = square > 0 ? dot / square : 0;
     double force = 0, total = 0;
@@ -28,7 +29,8 @@ double transform_group(const int64_t* first, const int64_t* last, bool orthogona
         force += c.advantage * c.gain;
         total += std::abs(c.advantage * c.gain);
     }
-    return total > 0 ? std::abs(force) / total : std::nan("");
+    // What is left of a group whose weights lie along the advantages (a group of one) is rounding, not a direction.
+    return total > 1e-12 * before ? std::abs(force) / total : std::nan("");
 }
 
 }  // namespace

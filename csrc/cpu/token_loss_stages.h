@@ -13,7 +13,7 @@ using gac::TokenLossParameters;
 
 // Lanes are summed in V for this many tokens, then flushed into float64: the order is fixed by a token's place in its
 // sequence alone, so that neither threads nor neighbours nor padding on the right change a bit of a sequence's results.
-constexpr int64_t kBlock = 256;
+constexpr int64_t kBlock = 512;
 
 template <class T>
 GAC_INLINE Streams<T> advance(const Streams<T>& s, int64_t i) {
@@ -29,7 +29,7 @@ struct Tail {
     using T = typename V::Scalar;
     static constexpr int L = V::Lanes;
     uint8_t mask[L];
-    T in[7][L], out[3][L];
+    T in[7][L], out[3][L] = {};
 
     Streams<T> gather(const Streams<T>& s, int64_t n) {
         auto copy = [n](const auto* from, auto* to) {
@@ -53,7 +53,7 @@ struct LaneSums {
     double lanes[K][V::Lanes];
 
     LaneSums() : lanes{} {}
-    GAC_INLINE void flush(const V (&block)[K]) {
+    void flush(const V* block) {
         for (int k = 0; k < K; ++k) block[k].add_to(lanes[k]);
     }
     double operator[](int k) const {
@@ -63,27 +63,39 @@ struct LaneSums {
     }
 };
 
-// Calls step(streams, i, block_sums) for the vectors of n tokens, in order. `step` is inlined once: the outer of the two
-// inner loops runs a second time for the tail.
+// The hot loop: whole vectors of one block. A function of its own, so that `step` is instantiated once for blocks and
+// tails, and works on copies that no store can alias.
 template <class V, int K, class Step>
-GAC_INLINE void for_each_vector(const Streams<typename V::Scalar>& s, int64_t n, LaneSums<V, K>& sums, Step step) {
-    constexpr int64_t L = V::Lanes;
+__attribute__((noinline)) void sum_vectors(
+    const Streams<typename V::Scalar>& streams, int64_t begin, int64_t end, V (&sums)[K], const Step& step) {
+    const Streams<typename V::Scalar> at = streams;
+    const Step local = step;
+    V sum[K];
+    for (int k = 0; k < K; ++k) sum[k] = sums[k];
+    for (int64_t i = begin; i < end; i += V::Lanes) local(at, i, sum);
+    for (int k = 0; k < K; ++k) sums[k] = sum[k];
+}
+
+// Calls step(streams, i, sums) for the vectors of n tokens, in order. The last of the K sums is not summed over the blocks
+// but handed on, which suits a maximum; it is returned.
+template <class V, int K, class Step>
+V for_each_vector(const Streams<typename V::Scalar>& s, int64_t n, LaneSums<V, K - 1>& sums, const Step& step) {
+    const int64_t whole = n - n % V::Lanes;
+    V block_sums[K];
+    block_sums[K - 1] = V(0);
     for (int64_t block = 0; block < n; block += kBlock) {
-        const Streams<typename V::Scalar> whole = advance(s, block);
-        const int64_t length = n - block < kBlock ? n - block : kBlock;
-        const int64_t rest = length % L, full = length - rest;
-        V block_sums[K];
-        for (int k = 0; k < K; ++k) block_sums[k] = V(0);
-        Tail<V> tail;
-        Streams<typename V::Scalar> at = whole;
-        for (int64_t stop = full, left = rest;; stop = L, left = 0) {
-            for (int64_t i = 0; i < stop; i += L) step(at, i, block_sums);
-            if (left == 0) break;
-            at = tail.gather(advance(whole, full), rest);
+        for (int k = 0; k < K - 1; ++k) block_sums[k] = V(0);
+        const bool last = n - block <= kBlock;
+        sum_vectors<V, K>(s, block, last ? whole : block + kBlock, block_sums, step);
+        if (last && whole < n) {
+            Tail<V> tail;
+            const Streams<typename V::Scalar> rest = advance(s, whole);
+            sum_vectors<V, K>(tail.gather(rest, n - whole), 0, V::Lanes, block_sums, step);
+            tail.scatter(rest, n - whole);
         }
-        if (rest) tail.scatter(advance(whole, full), rest);
         sums.flush(block_sums);
     }
+    return block_sums[K - 1];
 }
 
 template <class V>
@@ -114,27 +126,26 @@ void write_zeros(const TokenLoss<T>& p, int64_t s) {
 template <class V, bool Phi>
 void evaluate_expert(const TokenLoss<typename V::Scalar>& p, int64_t s) {
     using T = typename V::Scalar;
-    enum { Loss, Logp, Cs, Cs2, Norm, K };
+    enum { Loss, Logp, Cs, Cs2, Norm, Sums, K };
     const V scale(p.scale[s]);
-    LaneSums<V, K> sums;
-    for_each_vector<V>(
+    LaneSums<V, Sums> sums;
+    for_each_vector<V, K>(
         advance(p.streams, p.bounds[s]), p.bounds[s + 1] - p.bounds[s], sums,
-        [&](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
+        [=](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
             const auto live = V::live(at.mask + i);
             const V logp = V::load(at.logp + i, live);
             const V p1 = Phi || at.sum_sq ? exp(logp) : V(0);
             const V cs = Phi ? phi_slope(p1) : select(live, V(-1), V(0));  // phi is 0 where logp = 0
-            const V cs2 = cs * cs;
             logp.store(at.logp_out + i);
             (scale * cs).store(at.slope + i);
             if (at.entropy_slope) V(0).store(at.entropy_slope + i);
-            sum[Loss] = sum[Loss] + (Phi ? supervised_loss(cs, logp) : -logp);
+            sum[Loss] = Phi ? add_supervised_loss(sum[Loss], cs, logp) : sum[Loss] - logp;
             sum[Logp] = sum[Logp] + logp;
             sum[Cs] = sum[Cs] + cs;
-            sum[Cs2] = sum[Cs2] + cs2;
+            sum[Cs2] = fma(cs, cs, sum[Cs2]);
             if (at.sum_sq) {
                 const V norm = fma(V(-2), p1, V(1) + V::load(at.sum_sq + i, live));
-                sum[Norm] = fma(cs2, norm, sum[Norm]);
+                sum[Norm] = fma(cs * cs, norm, sum[Norm]);
             }
         });
     const T row[kColumns] = {1, static_cast<T>(p.counts[s]), static_cast<T>(-sums[Logp]), 0, static_cast<T>(sums[Cs2]),
@@ -150,8 +161,9 @@ template <class V, class Policy, bool Extras>
 void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
     using T = typename V::Scalar;
     enum {
-        Loss, Logp, Cs, Cr, Cs2, Cr2, CsCr, Disagreement, RatioSum, ApproxKl, Update, Clipped,
-        Kl, Entropy, Advantage, OwnNorm, DiffNorm, All, K = Extras ? All : Kl
+        Loss, Logp, Cs, Cr, Cs2, Cr2, CsCr, Disagreement, LogRatio, RatioMinusOne, Update, Clipped,
+        Kl, Entropy, Advantage, OwnNorm, DiffNorm, All,
+        Sums = Extras ? All : Kl, RatioMax = Sums, K
     };
     const TokenLossParameters& o = p.parameters;
     const Policy policy({o.p0, o.p1, o.p2});
@@ -161,18 +173,17 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
     const V advantage_S(advantage_s), scale(p.scale[s]), kl_coef(o.kl_coef), entropy_slope(-p.scale[s] * o.entropy_coef);
     const Coupling<V> coupling = Policy::Coupled ? Coupling<V>{V(p.coupling[s].weight), V(p.coupling[s].gain)}
                                                  : Coupling<V>{V(0), V(0)};
-    V ratio_max(0);
-    LaneSums<V, K> sums;
-    for_each_vector<V>(
+    LaneSums<V, Sums> sums;
+    const V ratio_max = for_each_vector<V, K>(
         advance(p.streams, p.bounds[s]), p.bounds[s + 1] - p.bounds[s], sums,
-        [&](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
+        [=](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
             const auto live = V::live(at.mask + i);
             const V logp = V::load(at.logp + i, live);
             const V advantage = Extras ? advantage_of(at, i, live, advantage_S) : advantage_S;
-            const Ratio<V> r = importance_ratio(logp, old_logprobs(at, i, live, logp));
+            const Ratio<V> r = importance_ratio(logp, old_logprobs(at, i, live, logp), live);
             const PolicyTerm<V> term = policy(logp, advantage, r, coupling);
 
-            V loss = term.loss, cr = select(live, term.slope, V(0));
+            V loss = term.loss, cr = term.slope;  // the slope is 0 where masked
             if constexpr (Extras) {
                 if (at.rollout) {
                     const V weight = V::load(at.rollout + i, live);
@@ -201,11 +212,9 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
             sum[Cr2] = fma(cr, cr, sum[Cr2]);
             sum[CsCr] = fma(cs, cr, sum[CsCr]);
             sum[Disagreement] = fma(difference, difference, sum[Disagreement]);
-            sum[ApproxKl] = sum[ApproxKl] + r.k3;  // 0 where masked: the log-ratio is
-            if (!Policy::Coupled) {
-                sum[RatioSum] = add_where(sum[RatioSum], live, r.value);
-                ratio_max = greater(ratio_max, select(live, r.value, V(0)));
-            }
+            sum[LogRatio] = sum[LogRatio] + r.log;  // 0 where masked
+            sum[RatioMinusOne] = sum[RatioMinusOne] + r.minus_one;
+            if (!Policy::Coupled) sum[RatioMax] = greater_where(sum[RatioMax], live, r.value);
             if (Policy::Updates) sum[Update] = add_where(sum[Update], live, term.update);
             if (Policy::Clips) sum[Clipped] = add_where(sum[Clipped], live, select(term.clipped, V(1), V(0)));
             if constexpr (Extras) {
@@ -229,7 +238,7 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
     for (int c = 0; c < kColumns; ++c) p.rows[s * kColumns + c] = static_cast<T>(row[c]);
     out[kSumLoss] = sums[Loss];
     out[kSumKl] = out[kSumEntropy] = 0;
-    out[kSumApproxKl] = sums[ApproxKl];
+    out[kSumApproxKl] = sums[RatioMinusOne] - sums[LogRatio];  // k3 = r - 1 - log r
     out[kSumClipped] = sums[Clipped];
     out[kSumUpdate] = Policy::Updates ? sums[Update] : count - sums[Clipped];
     if (Policy::Coupled) {
@@ -240,9 +249,9 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
         ratio_max.store(lane);
         T largest = lane[0];
         for (T x : lane) largest = x > largest ? x : largest;
-        out[kSumRatio] = sums[RatioSum];
+        out[kSumRatio] = count + sums[RatioMinusOne];
         // The maximum above loses a nan, the sum cannot: ratios are bounded.
-        out[kMaxRatio] = sums[RatioSum] == sums[RatioSum] ? static_cast<double>(largest) : sums[RatioSum];
+        out[kMaxRatio] = out[kSumRatio] == out[kSumRatio] ? static_cast<double>(largest) : out[kSumRatio];
     }
     if constexpr (Extras) {
         T* const extra = p.rows + s * kColumns;
@@ -286,9 +295,9 @@ struct Stages {
             SequenceCoupling& c = p.coupling[s];
             c = {0, 0, 0};
             if (p.expert[s] || p.counts[s] == 0) continue;
-            enum { LogRatio, Advantage, K };
-            LaneSums<V, K> sums;
-            for_each_vector<V>(
+            enum { LogRatio, Advantage, Sums, K };
+            LaneSums<V, Sums> sums;
+            for_each_vector<V, K>(
                 inputs(p, s), p.bounds[s + 1] - p.bounds[s], sums,
                 [](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
                     const auto live = V::live(at.mask + i);
@@ -310,13 +319,13 @@ struct Stages {
         const GspoTerm<V> policy({p.parameters.p0, p.parameters.p1, 0});
         const V weight(p.coupling[s].weight), advantage_S(sequence_advantage(p, s));
         LaneSums<V, 1> force;
-        for_each_vector<V>(
+        for_each_vector<V, 2>(
             inputs(p, s), p.bounds[s + 1] - p.bounds[s], force,
-            [&](const Streams<T>& at, int64_t i, V(&sum)[1]) __attribute__((always_inline)) {
+            [=](const Streams<T>& at, int64_t i, V(&sum)[2]) __attribute__((always_inline)) {
                 const auto live = V::live(at.mask + i);
                 const V advantage = advantage_of(at, i, live, advantage_S);
                 const V rollout = at.rollout ? V::load(at.rollout + i, live) : V(1);
-                const auto through = live & invert(policy.surrogate.clipped(weight, advantage));
+                const auto through = without(live, policy.surrogate.clipped(weight, advantage));
                 sum[0] = add_where(sum[0], through, -advantage * rollout);
             });
         return force[0];

@@ -38,17 +38,25 @@ GAC_INLINE MaskDouble operator>(VecDouble a, VecDouble b) { return {a.v > b.v}; 
 GAC_INLINE MaskDouble operator==(VecDouble a, VecDouble b) { return {a.v == b.v}; }
 GAC_INLINE MaskDouble operator&(MaskDouble a, MaskDouble b) { return {a.bits && b.bits}; }
 GAC_INLINE MaskDouble operator|(MaskDouble a, MaskDouble b) { return {a.bits || b.bits}; }
-GAC_INLINE MaskDouble invert(MaskDouble a) { return {!a.bits}; }
+GAC_INLINE MaskDouble without(MaskDouble a, MaskDouble b) { return {a.bits && !b.bits}; }
+GAC_INLINE MaskDouble differs(VecDouble a, VecDouble b) { return {a.v < b.v || a.v > b.v}; }
 GAC_INLINE VecDouble select(MaskDouble m, VecDouble a, VecDouble b) { return m.bits ? a : b; }
 GAC_INLINE VecDouble lesser(VecDouble a, VecDouble b) { return a.v < b.v ? a : b; }
 GAC_INLINE VecDouble greater(VecDouble a, VecDouble b) { return a.v > b.v ? a : b; }
 GAC_INLINE VecDouble fma(VecDouble a, VecDouble b, VecDouble c) { return VecDouble(a.v * b.v + c.v); }
 GAC_INLINE VecDouble abs(VecDouble a) { return VecDouble(::fabs(a.v)); }
+GAC_INLINE VecDouble negative_abs(VecDouble a) { return VecDouble(-::fabs(a.v)); }
+GAC_INLINE VecDouble reciprocal(VecDouble a) { return VecDouble(1 / a.v); }
 GAC_INLINE VecDouble sqrt(VecDouble a) { return VecDouble(::sqrt(a.v)); }
 GAC_INLINE VecDouble exp(VecDouble a) { return VecDouble(::exp(a.v)); }
+GAC_INLINE VecDouble exp_negative(VecDouble a) { return VecDouble(::exp(a.v)); }
 GAC_INLINE VecDouble erf(VecDouble a, VecDouble) { return VecDouble(::erf(a.v)); }
 GAC_INLINE VecDouble atan(VecDouble a) { return VecDouble(::atan(a.v)); }
 GAC_INLINE VecDouble add_where(VecDouble sum, MaskDouble m, VecDouble x) { return m.bits ? sum + x : sum; }
+
+GAC_INLINE VecDouble greater_where(VecDouble largest, MaskDouble m, VecDouble x) {
+    return m.bits ? greater(largest, x) : largest;
+}
 
 GAC_INLINE ExpParts<VecDouble> exp_parts(VecDouble x) {
     const double minus_one = ::expm1(x.v);

@@ -7,38 +7,42 @@
 namespace GAC_NAMESPACE {
 
 struct ExpReduced {
-    Vec biased, n, f;  // x = n ln 2 + f, |f| <= ln 2 / 2; `biased` holds n in its low bits
-    Vec tail;          // e^f - 1 - f
+    Vec n, biased, f;  // x = n ln 2 + f, |f| <= ln 2 / 2; `biased` holds n in its low bits
+    Vec half;          // (e^f - 1 - f) / f^2
 };
 
-// |x| < 2^15. Adding 1.5 * 2^23 rounds to the nearest integer. The high part of ln 2 has few enough bits for n times it
-// to be exact, so that f is right without a fused multiply-add too.
+// |x| < 2^15. Adding 1.5 * 2^23 rounds to the nearest integer.
 GAC_INLINE ExpReduced exp_reduce(Vec x) {
     const Vec shift(12582912.0);
     const Vec biased = fma(x, Vec(1.44269504088896341), shift);
     const Vec n = biased - shift;
-    const Vec f = fma(n, Vec(2.12194440e-4), fma(n, Vec(-0.693359375), x));
+    const Vec f = reduce_by_ln2(x, n);
     Vec p = fma(Vec(0.00139012875), f, Vec(0.00836314633));
     p = fma(p, f, Vec(0.0416668542));
     p = fma(p, f, Vec(0.166665778));
-    p = fma(p, f, Vec(0.5));
-    return {biased, n, f, f * f * p};
+    return {n, biased, f, fma(p, f, Vec(0.5))};
 }
 
-// Results below the smallest normal float are 0, so that e^-inf is.
-GAC_INLINE Vec exp(Vec x) {
-    const Vec lowest(-87.33654), highest(88.9);
-    const ExpReduced e = exp_reduce(clamp(x, lowest, highest));
-    const Vec y = (Vec(1) + (e.f + e.tail)) * power_of_two(e.biased);
-    return select(x < lowest, Vec(0), y);
+constexpr double kExpLowest = -87.33654, kExpHighest = 88.9;  // results below the smallest normal float are 0
+
+GAC_INLINE Vec exp_in_range(Vec clamped) {
+    const ExpReduced e = exp_reduce(clamped);
+    return scale_by_power(fma(fma(e.half, e.f, Vec(1)), e.f, Vec(1)), e.n, e.biased);
 }
+
+GAC_INLINE Vec exp_negative(Vec x) {
+    const Vec y = exp_in_range(greater(Vec(kExpLowest), x));
+    return select(x < Vec(kExpLowest), Vec(0), y);
+}
+
+GAC_INLINE Vec exp(Vec x) { return exp_negative(lesser(Vec(kExpHighest), x)); }
 
 GAC_INLINE ExpParts<Vec> exp_parts(Vec x) {
     const ExpReduced e = exp_reduce(x);
-    const Vec s = power_of_two(e.biased);
-    const Vec q = e.f + e.tail;
+    const Vec s = power_of_two(e.n, e.biased);
+    const Vec tail = e.f * e.f * e.half, q = fma(e.f * e.f, e.half, e.f);
     const Vec minus_one = fma(s, q, s - Vec(1));
-    return {fma(s, q, s), minus_one, select(e.n == Vec(0), e.tail, minus_one - x)};
+    return {fma(s, q, s), minus_one, select(e.n == Vec(0), tail, minus_one - x)};
 }
 
 // Near 0 an odd polynomial, which keeps the relative precision; beyond, 1 - e^(-x^2) erfcx(|x|).

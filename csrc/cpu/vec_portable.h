@@ -58,12 +58,14 @@ GAC_INLINE Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
 GAC_INLINE Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
 GAC_INLINE Mask operator&(Mask a, Mask b) { return {a.bits & b.bits}; }
 GAC_INLINE Mask operator|(Mask a, Mask b) { return {a.bits | b.bits}; }
-GAC_INLINE Mask invert(Mask a) { return {~a.bits}; }
+GAC_INLINE Mask without(Mask a, Mask b) { return {a.bits & ~b.bits}; }
+GAC_INLINE Mask differs(Vec a, Vec b) { return (a < b) | (a > b); }
 GAC_INLINE Vec select(Mask m, Vec a, Vec b) { return of_bits((m.bits & bits_of(a)) | (~m.bits & bits_of(b))); }
 GAC_INLINE Vec lesser(Vec a, Vec b) { return select(a < b, a, b); }
 GAC_INLINE Vec greater(Vec a, Vec b) { return select(a > b, a, b); }
 GAC_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }  // two roundings: not every machine has an FMA
 GAC_INLINE Vec abs(Vec a) { return of_bits(bits_of(a) & INT32_MAX); }
+GAC_INLINE Vec negative_abs(Vec a) { return of_bits(bits_of(a) | INT32_MIN); }
 GAC_INLINE Vec sqrt(Vec a) {
     for (int lane = 0; lane < Vec::Lanes; ++lane) a.v[lane] = __builtin_sqrtf(a.v[lane]);
     return a;
@@ -74,11 +76,18 @@ GAC_INLINE Vec copysign(Vec magnitude, Vec sign) {
 GAC_INLINE Vec add_where(Vec sum, Mask m, Vec x) { return sum + of_bits(m.bits & bits_of(x)); }
 GAC_INLINE Vec Vec::load(const float* x, Mask m) { return of_bits(m.bits & bits_of(load(x))); }
 
-// 2^n for the integer n that lies in the low bits of `biased` (see vec_math.h); -126 <= n <= 127.
-GAC_INLINE Vec power_of_two(Vec biased) {
+GAC_INLINE Vec greater_where(Vec largest, Mask m, Vec x) { return greater(largest, select(m, x, largest)); }
+GAC_INLINE Vec reciprocal(Vec a) { return Vec(1) / a; }
+
+// x = n ln 2 + f. The high part of ln 2 has so few bits that n times it is exact: no fused multiply-add is needed.
+GAC_INLINE Vec reduce_by_ln2(Vec x, Vec n) { return (x - n * Vec(0.693359375)) + n * Vec(2.12194440e-4); }
+
+// 2^n for the integer n in the low bits of `biased` (see vec_math.h); -126 <= n <= 127, and infinity for 128.
+GAC_INLINE Vec power_of_two(Vec, Vec biased) {
     typedef uint32_t Words __attribute__((vector_size(32)));
     return of_bits(reinterpret_cast<Ints>((reinterpret_cast<Words>(biased.v) << 23) + (127u << 23)));
 }
+GAC_INLINE Vec scale_by_power(Vec a, Vec n, Vec biased) { return a * power_of_two(n, biased); }
 
 GAC_INLINE int64_t count_live(const uint8_t* mask, int64_t n) {
     int64_t count = 0;

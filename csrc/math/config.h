@@ -18,12 +18,15 @@
 // A lane type V is a float, a double, or a pack of them that behaves like one. Besides + - * /, unary -, comparisons
 // and V(scalar), the headers use these functions on it, found by overload:
 //
-//   select(mask, a, b)   a where mask, else b          invert(mask), mask & mask, mask | mask
+//   select(mask, a, b)   a where mask, else b          mask & mask, mask | mask, without(m, n) = m and not n
+//   differs(a, b)        a < b or a > b: false where either is nan
 //   lesser(a, b)         a < b ? a : b                 greater(a, b)   a > b ? a : b
 //                        (both give b where a or b is nan: pass the datum last and nan survives)
 //   fma(a, b, c)         a b + c                       abs, sqrt
-//   exp(x)               e^x for any x                 exp_parts(x)    e^x, e^x - 1, e^x - 1 - x for |x| <= 20
+//   exp(x)               e^x for any x                 exp_negative(x)   e^x for x <= 0
+//   exp_parts(x)         e^x, e^x - 1, e^x - 1 - x for |x| <= 20
 //   erf(x, gauss)        with gauss = e^(-x^2)         atan(x)
+//   reciprocal(x)        1 / x for 1 <= x <= 2         negative_abs(x)   -|x|
 namespace GAC_NAMESPACE {
 
 template <class V>

@@ -15,8 +15,8 @@ struct SigmoidGate {
     template <class V>
     static GAC_INLINE GateValue<V> at(V u, V tau) {
         const V x = tau * u;
-        const V e = exp(-abs(x));
-        const V v = V(1) / (V(1) + e);
+        const V e = exp_negative(negative_abs(x));
+        const V v = reciprocal(V(1) + e);
         const V ev = e * v;
         return {V(4) / tau * select(x < V(0), ev, v), V(4) * ev * v};
     }
@@ -26,7 +26,7 @@ struct ErfGate {
     template <class V>
     static GAC_INLINE GateValue<V> at(V u, V tau) {
         const V x = tau * u * V(0.70710678118654752440);
-        const V gauss = exp(-x * x);
+        const V gauss = exp_negative(-x * x);
         return {fma(V(1.25331413731550025121) / tau, erf(x, gauss), V(1)), gauss};  // sqrt(pi / 2)
     }
 };

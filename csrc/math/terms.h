@@ -14,16 +14,16 @@ struct PolicyParameters {
 // The importance ratio of a token, from log_ratio = clamp(logp - old, -20, 20).
 template <class V>
 struct Ratio {
-    V log, value, minus_one, k3;  // k3 = r - 1 - log r
-    MaskOf<V> alive;              // where the clamp lets the slope through
+    V log, value, minus_one;
+    MaskOf<V> live, alive;  // where the token counts; where, of these, the clamp lets the slope through
 };
 
 template <class V>
-GAC_INLINE Ratio<V> importance_ratio(V logp, V old) {
+GAC_INLINE Ratio<V> importance_ratio(V logp, V old, MaskOf<V> live) {
     const V raw = logp - old;
     const V log = clamp(raw, V(-20), V(20));
     const ExpParts<V> e = exp_parts(log);
-    return {log, e.exp, e.minus_one, e.minus_one_minus_x, raw == log};
+    return {log, e.exp, e.minus_one, live, without(live, differs(raw, log))};
 }
 
 // Without old log-probs: old = logp held constant, so r = 1 with its slope alive; an infinite logp meets the clamp.
@@ -41,7 +41,7 @@ struct Coupling {
 
 template <class V>
 struct PolicyTerm {
-    V loss, slope;
+    V loss, slope;          // the slope is 0 in lanes that are not live, the loss is not
     V update;           // f'(r) of a gate, 1 where nothing was clipped, 0 where something was
     MaskOf<V> clipped;  // where a clip acts
 };
@@ -91,7 +91,7 @@ struct GrpoTerm {
 
     GAC_INLINE PolicyTerm<V> operator()(V, V advantage, const Ratio<V>& r, const Coupling<V>&) const {
         const MaskOf<V> clipped = surrogate.clipped(r.value, advantage);
-        const V slope = select(r.alive & invert(clipped), -advantage * r.value, V(0));
+        const V slope = select(without(r.alive, clipped), -advantage * r.value, V(0));
         return {surrogate.loss(r.value, advantage), slope, V(0), clipped};
     }
 };
@@ -104,7 +104,7 @@ struct CispoTerm {
     explicit GAC_INLINE CispoTerm(const PolicyParameters& p) : high(p.p0) {}
 
     GAC_INLINE PolicyTerm<V> operator()(V logp, V advantage, const Ratio<V>& r, const Coupling<V>&) const {
-        const V slope = -lesser(high, r.value) * advantage;
+        const V slope = select(r.live, -lesser(high, r.value) * advantage, V(0));
         return {slope * logp, slope, V(0), r.value > high};
     }
 };
@@ -130,7 +130,7 @@ struct DfpoTerm {
     explicit GAC_INLINE DfpoTerm(const PolicyParameters&) {}
 
     GAC_INLINE PolicyTerm<V> operator()(V logp, V advantage, const Ratio<V>& r, const Coupling<V>& c) const {
-        const V slope = -c.gain * advantage;
+        const V slope = select(r.live, -c.gain * advantage, V(0));
         return {slope * logp, slope, V(0), never(r.value)};
     }
 };
@@ -158,9 +158,9 @@ GAC_INLINE KlTerm<V> kl_term(int estimator, bool ratio_weighted, V logp, V refer
         loss = e.minus_one_minus_x;
         slope = -e.minus_one;
     }
-    slope = select(raw == d, slope, V(0));
+    slope = select(differs(raw, d), V(0), slope);
     if (ratio_weighted) {
-        slope = fma(select(r.alive, loss, V(0)), r.value, slope * r.value);
+        slope = r.value * (slope + select(r.alive, loss, V(0)));
         loss = loss * r.value;
     }
     return {loss, slope};
@@ -172,10 +172,10 @@ GAC_INLINE V phi_slope(V p) {
     return p * (p - V(1));
 }
 
-// The supervised loss c_s logp; at p = 0 it is 0, not 0 * -inf.
+// sum + c_s logp. At logp = -inf, where c_s = -phi is 0, the term is 0 and not nan.
 template <class V>
-GAC_INLINE V supervised_loss(V slope, V logp) {
-    return slope * select(slope == V(0), V(0), logp);
+GAC_INLINE V add_supervised_loss(V sum, V slope, V logp) {
+    return fma(slope, greater(V(-3.4e38), logp), sum);
 }
 
 }  // namespace GAC_NAMESPACE
