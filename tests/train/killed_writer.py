@@ -1,4 +1,4 @@
-"""Writes checkpoints in child processes that die by SIGKILL. A program of its own, started by test_checkpoint_faults.py:
+"""Writes checkpoints in child processes that die by SIGKILL. A program of its own, run by test_checkpoint_faults.py:
 
     killed_writer.py DIRECTORY SECONDS
 
