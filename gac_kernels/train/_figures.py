@@ -118,7 +118,9 @@ def chart(
         if log:
             axes.set_yscale("log")
         for place, line in enumerate(lines):
-            draw(axes, line, 3 - 0.1 * place)
+            # No mean over both sides of the warm start's end: what is measured changes there.
+            for part in _split(line, shade_until) if note and shade_until else [line]:
+                draw(axes, part, 3 - 0.1 * place)
         if shade_until:
             axes.axvspan(span[0], shade_until, color=_SHADE, zorder=0, linewidth=0)
         axes.set_xlabel("step")
@@ -146,6 +148,13 @@ def running_mean(values: Array, window: int) -> Array:
     total = np.convolve(np.where(finite, values, 0.0), ones)[window // 2 :][: len(values)]
     count = np.convolve(finite.astype(np.float64), ones)[window // 2 :][: len(values)]
     return np.where(count > 0.5, total / np.maximum(count, 1.0), np.nan)
+
+
+def _split(line: Line, at: int) -> list[Line]:
+    parts = [
+        replace(line, steps=line.steps[side], values=line.values[side]) for side in (line.steps <= at, line.steps > at)
+    ]
+    return [part for part in parts if len(part.values)]
 
 
 def _way_to_draw(points: int, smooth: bool) -> tuple[Callable[[Any, Line, float], None], str]:

@@ -49,10 +49,10 @@ class _Run:
         steps = self.config.get("warmup_sft_steps", 0)
         return min(steps, self.span[1]) if isinstance(steps, int) else 0
 
-    def values(self, key: str) -> Values:
-        """The finite values of a metric; empty if it was not logged."""
-        _, values = self.metrics.get(key, (None, np.empty(0)))
-        return values[np.isfinite(values)]
+    def values(self, key: str, after: int = -1) -> Values:
+        """The finite values of a metric at the steps after `after`; empty if it was not logged."""
+        steps, values = self.metrics.get(key, (np.empty(0), np.empty(0)))
+        return values[np.isfinite(values) & (steps > after)]
 
 
 def write_report(
@@ -147,10 +147,9 @@ def _figures(run: _Run) -> Iterator[tuple[str, str]]:
     if (mu := run.values("mu")).size:
         yield "&mu; at the end", f"{mu[-1]:.3f}"
     yield "Steps", f"{run.span[1]:,}"
-    whole, controller = run.values("step_seconds"), run.values("controller_seconds")
-    if whole.size:
+    if (whole := run.values("step_seconds", after=run.warmup)).size:
         yield "Seconds a step, median", f"{np.median(whole):.3g}"
-        if controller.size:
+        if (controller := run.values("controller_seconds", after=run.warmup)).size:
             yield "Controller&rsquo;s share of the time", _percent(controller.sum() / whole.sum())
 
 

@@ -212,6 +212,12 @@ def test_a_run_without_records(tmp_path: Path) -> None:
     assert "Nothing to draw was logged." in text
 
 
+def test_the_warm_start_does_not_dilute_the_controllers_share(tmp_path: Path) -> None:
+    records = [{"step": s, "step_seconds": 1.0, "controller_seconds": 0.25 if s > 8 else 0.0} for s in range(1, 11)]
+    text = write_report(make_run(tmp_path, records, config={"warmup_sft_steps": 8})).read_text()
+    assert "share of the time</dt><dd>25.0&#8239;%" in text
+
+
 def test_two_records_of_one_step_are_one_point(tmp_path: Path) -> None:
     records = [{"step": 1, "reward": 0.25}, {"step": 1, "reward": 0.75, "eval/accuracy": 0.5}]
     run = report._Run("", make_run(tmp_path, records))
@@ -294,6 +300,15 @@ def test_a_line_runs_through_its_values(log: bool) -> None:
 def test_a_missing_value_is_a_gap(tmp_path: Path) -> None:
     svg, _ = chart([line([1.0, 2.0, math.nan, 3.0, 1.0])], unit="u", identity="i", span=(0, 4))
     assert [len(piece) for piece in drawn(svg, COLOURS[0])] == [2, 2]
+
+
+def test_no_mean_runs_across_the_end_of_the_warm_start() -> None:
+    values = [0.0] * 40 + [1.0] * 60
+    svg, note = chart([line(values, first=1)], unit="u", identity="i", smooth=True, span=(1, 100), shade_until=40)
+    assert note == "thin: each step, thick: mean of 5"
+    pieces = drawn(svg, COLOURS[0])
+    assert len(pieces) == 4  # thin and thick, before and after
+    assert all(len({height for _, height in piece}) == 1 for piece in pieces)
 
 
 def test_what_is_not_positive_is_left_off_a_logarithmic_axis() -> None:
