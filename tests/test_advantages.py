@@ -95,7 +95,8 @@ def test_order_of_sequences_is_free(rows, random):
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_exact_zeros(baseline, scale):
     def advantages(rewards, groups):
-        return gk.group_advantages(torch.tensor(rewards), groups, baseline=baseline, scale=scale, eps=0.0).tolist()
+        rewards = torch.tensor(rewards, dtype=torch.float64)
+        return gk.group_advantages(rewards, groups, baseline=baseline, scale=scale, eps=0.0).tolist()
 
     # 0.1 + 0.1 + 0.1 does not divide back into 0.1: only max == min says that nothing differs.
     assert advantages([0.1] * 3 + [0.7] * 3 + [0.0, 1.0, 0.5], 3)[:6] == [0.0] * 6

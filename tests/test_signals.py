@@ -141,13 +141,14 @@ def test_trimming_takes_an_infinite_nll_and_never_a_nan():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_znorm_leaves_a_constant_coefficient_as_it_is(dtype):
-    """c_s = -0.1 everywhere: its variance, from sums in their own precision, is noise, and nothing to divide by."""
+@pytest.mark.parametrize("constant", [-0.1, -0.3, -0.7])  # the noise is below, around and above 0
+def test_znorm_leaves_a_constant_coefficient_as_it_is(dtype, constant):
+    """Its variance, from sums in their own precision, is noise, and nothing to divide by."""
     sequences = batch(4, 5, 7)
     for s in sequences:
-        s.cs_T = np.full(s.tokens, -0.1)
+        s.cs_T = np.full(s.tokens, constant)
     cr = np.concatenate([s.cr_T for s in sequences])
-    want = np.mean([np.mean((-0.1 - (s.cr_T - cr.mean()) / cr.std()) ** 2) for s in sequences])
+    want = np.mean([np.mean((constant - (s.cr_T - cr.mean()) / cr.std()) ** 2) for s in sequences])
     got = coefficient_estimate(signals_of(sequences, dtype), znorm=True).values_3[2].item()
     assert got == pytest.approx(want, rel=1e-5 if dtype == torch.float32 else 1e-10)
 
@@ -180,6 +181,19 @@ def test_logit_estimator_is_the_squared_norm_of_the_gradients(supervised, policy
         sequences, policy_aggregation=policy, supervised_aggregation=supervised, norm_length=norm_length
     )
     check(logit_estimate(signals), (noise(True), noise(False), np.mean(distances) if live else None), 1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["coefficient", "logit", "hidden"])
+def test_a_sequence_without_tokens_counts_nowhere_whatever_its_row_says(estimator):
+    rows, options = signals_of(batch(9, 11, 6)).rows, {"trim": 0.1, "znorm": True}
+    dead = torch.full((3, 12), 7.0)
+    dead[:, sig.EXPERT], dead[:, sig.TOKENS] = torch.tensor([1.0, 0.0, 1.0]), 0.0
+
+    def estimate(rows):
+        return sig.estimate(Signals(rows, has_sum_sq=True, hidden=rows[:, 2:4]), estimator, **options)
+
+    for got, want in zip(estimate(torch.cat((rows, dead))), estimate(rows), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
 
 
 def test_logit_estimator_needs_what_it_reads():
