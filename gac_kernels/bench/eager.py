@@ -1,0 +1,89 @@
+"""The token-level loss by hand: what one would write in PyTorch to have the same numbers, and to have them fast.
+
+It is the baseline of the benchmark, so it takes what can be taken without a kernel: constants of a sequence stay out of
+the token arithmetic, intermediates are shared between loss, signals and metrics, the signals' slopes are written down
+instead of asked of autograd, and nothing is read by the host. It is no part of the package's results.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..objectives import SAPO
+
+_SAPO = SAPO()
+
+
+def token_loss(
+    logprobs: Tensor,
+    mask: Tensor,
+    is_expert: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor,
+    mu: Tensor,
+    everything: bool,
+) -> tuple[Tensor, ...]:
+    """SAPO (seq-mean-token-mean) and NLL with phi (token-mean) of a padded batch.
+
+    Args:
+        logprobs, old_logprobs: ``(S, T)`` float. mask: ``(S, T)`` bool. is_expert: ``(S,)`` bool. advantages: ``(S,)``.
+        mu: 0-d. everything: also the signals and metrics, else the loss alone.
+
+    Returns:
+        loss; with ``everything`` also logprobs ``(S, T)`` with 0 where masked, signal rows ``(S, 12)`` in the order of
+        ``signals``, and the metrics ratio_mean, ratio_max, approx_kl, effective_update_ratio.
+    """
+    expert, policy = mask & is_expert[:, None], mask & ~is_expert[:, None]
+    logp = torch.where(mask, logprobs.float() if logprobs.dtype.itemsize < 4 else logprobs, 0.0)
+    advantages = advantages.to(logp.dtype)
+    old = torch.where(policy, old_logprobs.to(logp.dtype), logp.detach())  # a ratio of 1 outside the policy branch
+    log_ratio = (logp - old).clamp(-20.0, 20.0)
+    ratio = log_ratio.exp()
+    tau_S = torch.where(advantages > 0, advantages.new_full((), _SAPO.tau_pos), _SAPO.tau_neg)
+    gate = torch.sigmoid(tau_S[:, None] * (ratio - 1.0))
+
+    tokens_S = mask.sum(-1)
+    policy_S = ~is_expert & (tokens_S > 0)
+    policy_rows = policy_S.sum().clamp(min=1)
+    scale_S = torch.where(policy_S, -4.0 * advantages / (tau_S * tokens_S.clamp(min=1)), 0.0)
+    policy_loss = (torch.where(policy, gate, 0.0).sum(-1) * scale_S).sum() / policy_rows
+
+    p = logp.detach().exp()
+    phi = p - p * p  # 0 where masked, p being 1 there
+    supervised_loss = -(torch.where(expert, phi, 0.0) * logp).sum() / expert.sum().clamp(min=1)
+    loss = (1.0 - mu) * policy_loss + mu * supervised_loss
+    if not everything:
+        return (loss,)
+
+    with torch.no_grad():
+        update = torch.where(policy, 4.0 * gate * (1.0 - gate), 0.0)  # f'(r)
+        cr, cs = -advantages[:, None] * update * ratio, -phi
+        difference = cs - cr
+        nothing_S = torch.zeros_like(advantages)
+        rows = torch.stack(
+            [
+                (is_expert & (tokens_S > 0)).to(logp.dtype),
+                tokens_S.to(logp.dtype),
+                -logp.sum(-1),
+                torch.where(policy_S, advantages, 0.0),
+                difference.square().sum(-1),
+                cs.sum(-1),
+                cr.sum(-1),
+                cs.square().sum(-1),
+                cr.square().sum(-1),
+                (cs * cr).sum(-1),
+                nothing_S,
+                nothing_S,
+            ],
+            dim=-1,
+        )
+        count = policy.sum().clamp(min=1)
+        live_ratio = torch.where(policy, ratio, 0.0)
+        metrics = (
+            live_ratio.sum() / count,
+            live_ratio.amax(),
+            (ratio - 1.0 - log_ratio).sum() / count,
+            update.sum() / count,
+        )
+    return loss, logp.detach(), rows, *metrics

@@ -1,0 +1,182 @@
+"""The numeric self-test of a backend: small batches of every objective against the reference in float64."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import library, reference
+from ..bench.check import WrongResult, column_bound, compare, elementwise_bound, metric_bound, scalar_bound
+from ..objectives import CISPO, DFPO, GRPO, GSPO, NLL, SAPO, HybridObjective
+from ..ops import hybrid_loss
+from ..types import TokenBatch
+
+SEQUENCES, TOKENS, MU = 16, 24, 0.37
+
+# The most different ones first: a slow backend may not get through all.
+OBJECTIVES = (
+    HybridObjective(SAPO(), kl_coef=0.05, entropy_coef=0.01),
+    HybridObjective(GRPO(0.2, 0.28, 3.0), NLL("none"), kl_coef=0.1, kl_estimator="k1", kl_ratio_weighted=True,
+                    aggregation="token-mean", supervised_aggregation="seq-mean-token-sum"),
+    HybridObjective(GSPO(), aggregation="seq-mean-token-sum-norm", norm_length=64.0),
+    HybridObjective(DFPO("adv_orthogonal"), kl_coef=0.02, kl_estimator="k2", aggregation="seq-mean-token-sum"),
+    HybridObjective(CISPO(), supervised_aggregation="seq-mean-token-mean"),
+    HybridObjective(DFPO("min_replace", "product")),
+    HybridObjective(SAPO("erf", 1.5, 2.0)),
+    HybridObjective(SAPO("arctan", 2.0, 3.0)),
+    HybridObjective(SAPO("softsign", 10.0, 12.0)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Outcome for one backend on one device type.
+
+    status: ``"passed"``, ``"failed"`` or ``"not tested"``. why: of the last two, else "".
+    cases: how many ran, of how many. worst: largest error in units of its bound.
+    """
+
+    backend: str
+    device: str
+    status: str
+    why: str = ""
+    cases: str = ""
+    worst: float | None = None
+    seconds: float = 0.0
+
+
+def self_tests(seed: int, budget_seconds: float = 8.0) -> list[SelfTest]:
+    """Test every backend that this machine can run, within ``budget_seconds`` in all (a case under way ends)."""
+    jobs: list[tuple[str, str, str]] = [("reference", "cpu", ""), ("cpu", "cpu", _absence("cpu"))]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if torch.cuda.is_available():
+        jobs += [("reference", "cuda", ""), ("triton", "cuda", _absence("triton"))]
+    else:
+        why = "" if interpreted else "no CUDA device is visible, and TRITON_INTERPRET=1 is not set"
+        jobs.append(("triton", "cpu" if interpreted else "cuda", _absence("triton") or why))
+    jobs.append(("cuda", "cuda", _absence("cuda")))
+    runnable = sum(not why for _, _, why in jobs)
+    return [
+        SelfTest(backend, device, "not tested", why) if why else _test(backend, device, seed, budget_seconds / runnable)
+        for backend, device, why in jobs
+    ]
+
+
+def _absence(backend: str) -> str:
+    """Why this install does not have the backend, "" if it has."""
+    try:
+        with library.use_backend(backend):
+            return ""
+    except RuntimeError as error:
+        return str(error)
+
+
+def _test(backend: str, device: str, seed: int, budget_seconds: float) -> SelfTest:
+    began, done, worst = time.perf_counter(), 0, 0.0
+    total = 2 * len(OBJECTIVES)
+
+    def outcome(status: str, why: str = "") -> SelfTest:
+        count = f"{done} of {total}"
+        return SelfTest(backend, device, status, why, count, worst, time.perf_counter() - began)
+
+    for objective, batch, logprobs, entropy, sum_sq in _cases(seed, device):
+        if done and time.perf_counter() - began > budget_seconds:
+            break
+        kind = "packed" if batch.cu_seqlens is not None else "padded"
+        what = f"{type(objective.policy).__name__} ({kind})"
+        try:
+            worst = max(worst, _compare(backend, objective, batch, logprobs, entropy, sum_sq))
+        except WrongResult as error:
+            return outcome("failed", f"{what}: {error}")
+        except Exception as error:  # whatever a broken backend raises is the finding
+            return outcome("failed", f"{what} raised {type(error).__name__}: {error}")
+        done += 1
+    return outcome("passed")
+
+
+def _cases(seed: int, device: str) -> Iterator[tuple[HybridObjective, TokenBatch, Tensor, Tensor, Tensor]]:
+    """Each objective padded and packed, off-policy, ragged, with a sequence without tokens and nan where masked."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = S, T = SEQUENCES, TOKENS
+    logp = -8.0 * torch.rand(shape, generator=generator).square() - 1e-3
+    length_S = torch.randint(1, T + 1, (S,), generator=generator)
+    length_S[S // 2 : S // 2 + 2] = 0  # a demonstration and a rollout
+    mask = torch.arange(T) < length_S[:, None]
+
+    def noise(width: float) -> Tensor:
+        return width * torch.randn(shape, generator=generator)
+
+    def dead_nan(value: Tensor) -> Tensor:
+        return torch.where(mask, value, torch.nan).to(device)
+
+    tokens = {
+        "old_logprobs": dead_nan(logp + noise(0.3)),
+        "ref_logprobs": dead_nan(logp + noise(0.3)),
+        "rollout_weights": dead_nan(0.5 + torch.rand(shape, generator=generator)),
+    }
+    # Both signs in every group: weights near 1 are then far from parallel to the advantages, which would leave DFPO's
+    # orthogonal part to rounding.
+    sign_S = 1.0 - 2.0 * (torch.arange(S) % 2)
+    rows = {
+        "is_expert_S": (torch.arange(S) % 4 == 0).to(device),
+        "advantages": (sign_S * (0.5 + torch.rand(S, generator=generator))).to(device),
+        "groups": (torch.arange(S) // 4 % 2).to(device),
+    }
+    targets, mask_ST = torch.zeros(shape, dtype=torch.int64, device=device), mask.to(device)
+    padded = TokenBatch.from_padded(targets, mask_ST, **tokens, **rows)
+    offsets = torch.arange(S + 1, device=device) * T
+    packed = TokenBatch.from_packed(
+        targets.flatten(), offsets, mask_N=mask_ST.flatten(), **{k: v.flatten() for k, v in tokens.items()}, **rows
+    )
+    p = logp.exp()
+    sums = dead_nan(logp), dead_nan(torch.rand(shape, generator=generator) * 3), dead_nan(p * p + 0.1 * (1 - p) ** 2)
+    flat = sums[0].flatten(), sums[1].flatten(), sums[2].flatten()
+    for objective in OBJECTIVES:
+        yield objective, padded, *sums
+        yield objective, packed, *flat
+
+
+def _compare(
+    backend: str, objective: HybridObjective, batch: TokenBatch, logprobs: Tensor, entropy: Tensor, sum_sq: Tensor
+) -> float:
+    """Largest error of every output of one case, in units of its bound."""
+    dtype, mu = torch.float32, torch.tensor(MU, device=logprobs.device)
+    leaves = [value.detach().clone().requires_grad_() for value in (logprobs, entropy)]
+    with library.use_backend(backend):
+        got = hybrid_loss(leaves[0], batch, objective, mu, entropy=leaves[1], sum_sq=sum_sq)
+        gradients = torch.autograd.grad(got.loss, leaves)
+
+    exact = [value.detach().double().requires_grad_() for value in (logprobs, entropy)]
+    want = reference.hybrid_loss(
+        exact[0], _double(batch), objective, mu.double(), entropy=exact[1], sum_sq=sum_sq.double()
+    )
+    want_gradients = [
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for leaf, gradient in zip(exact, torch.autograd.grad(want.loss, exact, allow_unused=True), strict=True)
+    ]
+    # What rounding the inputs moves the loss by; its parts are not weighted with mu, hence the division.
+    size = torch.where(batch.mask, logprobs.detach().abs() + 1.0, 0.0)
+    condition = (want_gradients[0].abs() * size).sum() / MU
+    worst = 0.0
+    for name in ("loss", "policy_loss", "supervised_loss", "kl", "entropy"):
+        value = getattr(want, name)
+        worst = max(worst, compare(name, getattr(got, name), value, scalar_bound(value, dtype, condition)))
+    for name, value, exact_value in zip(("gradient", "entropy gradient"), gradients, want_gradients, strict=True):
+        worst = max(worst, compare(name, value, exact_value, elementwise_bound(exact_value, dtype)))
+    worst = max(worst, compare("logprobs", got.logprobs, want.logprobs, elementwise_bound(want.logprobs, dtype)))
+    rows = want.signals.rows
+    worst = max(worst, compare("signals", got.signals.rows, rows, column_bound(rows, dtype)))
+    for name, value in got.metrics.items():
+        worst = max(worst, compare(name, value, want.metrics[name], metric_bound(want.metrics[name], dtype)))
+    return worst
+
+
+def _double(batch: TokenBatch) -> TokenBatch:
+    floats = ("advantages", "old_logprobs", "ref_logprobs", "rollout_weights")
+    values = {name: value.double() for name in floats if (value := getattr(batch, name)) is not None}
+    return replace(batch, **values)
