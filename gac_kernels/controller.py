@@ -1,10 +1,12 @@
 """The guided adaptive controller (GAC, arXiv 2605.26184): from the signals of past batches to the mixing weight mu.
 
-    mu* = (alpha D + sigma_r^2) / (D + sigma_s^2 + sigma_r^2)  minimises (mu-alpha)^2 D + mu^2 sigma_s^2 + (1-mu)^2 sigma_r^2
-    e   = beta e + (1 - beta) mu*                              smoothing "estimate" (ours), or
-    e   = beta mu + (1 - beta) mu*                             smoothing "reference" (the published code)
+    mu* = (alpha D + sigma_r^2) / (D + sigma_s^2 + sigma_r^2)
+    e   = beta e + (1 - beta) mu*               smoothing "estimate" (ours), or
+    e   = beta mu + (1 - beta) mu*              smoothing "reference" (the published code)
     c   = (1 - lambda) prior(step) + lambda e
     mu  = clip(mu + clip(c - mu, -cap, cap), mu_min, mu_max)
+
+mu* minimises (mu - alpha)^2 D + mu^2 sigma_s^2 + (1 - mu)^2 sigma_r^2, a bound on the error of the mixed gradient.
 
 The state is a handful of float64 tensors on the device, replaced and never written in place. The host knows the number
 of the step, and with it when to refresh and where the prior stands; it reads nothing from the device.
@@ -64,8 +66,8 @@ class GuidedAdaptiveController:
     finite leaves that signal as it was and is counted in `skipped`; so is a KL.
 
     device: of mu, the state and all observed signals; default torch's default device.
-    process_group: ranks that share the controller's state; default the default group if torch.distributed is initialised
-    when step() runs. Every rank must call step() equally often, also one that observed nothing. Ranks exchange signals
+    process_group: ranks that share the controller's state; default the default group, if torch.distributed is
+    initialised when step() runs. Every rank must call step() equally often, also one that observed nothing. Ranks exchange signals
     on refresh steps only (plus one small gather of the KL a step under KLTarget). Give a group that has a CPU backend
     too ("cpu:gloo,cuda:nccl") and no exchange ever makes the host wait for the device; with "nccl" alone the row counts
     do, once a refresh.
@@ -105,7 +107,7 @@ class GuidedAdaptiveController:
         return self._step
 
     def observe(self, signals: Signals) -> None:
-        """Add the signals of a micro-batch to those of the current step. ValueError if the estimator cannot use them."""
+        """Add a micro-batch's signals to those of the current step. ValueError if the estimator cannot use them."""
         if not isinstance(signals, Signals):
             raise TypeError(f"signals must be Signals, got {type(signals).__name__}")
         if signals.rows.device != self._state["mu"].device:
@@ -158,9 +160,9 @@ class GuidedAdaptiveController:
     def metrics(self) -> dict[str, Tensor]:
         """Copies of the state after the last step(), 0-d on the device: mu in float32, the rest in float64.
 
-        The signals are their EMAs, 0 until first measured; mu_star is the current mu until then. prior is the value that
-        the last step() used; without a prior it is the estimate, which then stands in its place. skipped counts values
-        that were not finite.
+        The signals are their EMAs, 0 until first measured; mu_star is the current mu until all are. prior is the value
+        that the last step() used; without a prior it is the estimate, which then stands in its place. skipped counts
+        values that were not finite.
         """
         state, prior = self._state, self.config.prior
         sigma_s2, sigma_r2, delta2 = state["signals"].clone().unbind()

@@ -18,8 +18,8 @@ from torch import Tensor
 
 __all__ = ["SIGNAL_COLUMNS", "Estimate", "Signals", "coefficient_estimate", "hidden_estimate", "logit_estimate"]
 
-# Columns of Signals.rows. c_s, c_r: slope of the supervised and of the RL term of a token; n_t = 1 - 2 p + sum p^2; c_b is
-# the coefficient of the row's own branch. The last two are 0 where sum p^2 was not measured.
+# Columns of Signals.rows. c_s, c_r: slope of the supervised and of the RL term of a token; n_t = 1 - 2 p + sum p^2;
+# c_b is the coefficient of the row's own branch. The last two are 0 where sum p^2 was not measured.
 SIGNAL_COLUMNS = (
     "expert",  # 1.0 for a demonstration, 0.0 for a rollout
     "tokens",  # live tokens
@@ -151,9 +151,10 @@ def estimate(signals: Signals, estimator: str, *, trim: float, znorm: bool) -> E
 def coefficient_estimate(signals: Signals, *, trim: float = 0.1, znorm: bool = False) -> Estimate:
     """The estimators of GAC (arXiv 2605.26184): variances of the coefficients, not of gradients.
 
-    sigma_r^2: variance over RL sequences of the mean advantage. sigma_s^2: variance over expert sequences of the mean NLL
-    without the int(trim * n) smallest and largest (n >= 4). Both biased, and at least 1e-8. Delta^2: mean over all
-    sequences of the mean over tokens of (c_s - c_r)^2, with `znorm` each coefficient first z-normalised over all tokens.
+    sigma_r^2: variance over RL sequences of the mean advantage. sigma_s^2: variance over expert sequences of the mean
+    NLL without the int(trim * n) smallest and largest (n >= 4). Both biased, and at least 1e-8. Delta^2: mean over all
+    sequences of the mean over tokens of (c_s - c_r)^2; with `znorm`, each coefficient is first z-normalised over all
+    live tokens.
     """
     rows = signals.rows.double()
     live_S, expert_S, policy_S = _branches(rows)
@@ -195,8 +196,8 @@ def hidden_estimate(signals: Signals) -> Estimate:
     """Noise and distance of the two branches' mean gradients on the last hidden state (ours).
 
     sigma_b^2 = trace of the covariance over the branch's sequences / number of sequences, with n - 1: only so does
-    Delta^2 = max(0, |mean_s - mean_r|^2 - sigma_s^2 - sigma_r^2) lose, on average, what sampling adds to the distance. A
-    branch needs two sequences, Delta^2 needs two in each. Raises ValueError where the signals carry no `hidden`.
+    Delta^2 = max(0, |mean_s - mean_r|^2 - sigma_s^2 - sigma_r^2) lose, on average, what sampling adds to the distance.
+    A branch needs two sequences, Delta^2 needs two in each. Raises ValueError where the signals carry no `hidden`.
     """
     if signals.hidden is None:
         raise ValueError("the hidden estimator needs signals that carry `hidden` (S, H), got signals without it")
@@ -254,7 +255,7 @@ def _trimmed_variance(x_S: Tensor, member_S: Tensor, trim: float) -> Tensor:
 
 
 def _normalised_disagreement(rows: Tensor, live_S: Tensor, eps: float) -> Tensor:
-    """Each row's sum over tokens of (z_s - z_r)^2, z the coefficients z-normalised over all live tokens, from their sums.
+    """Each row's sum over tokens of (z_s - z_r)^2, z the coefficients z-normalised over all live tokens, from sums.
 
     A coefficient that does not vary stays as it is. "Does not vary": a variance of less than 64 roundings of the mean
     square, which is all that sums in the rows' own precision can tell.
