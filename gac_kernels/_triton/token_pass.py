@@ -1,0 +1,202 @@
+"""The pass over the tokens, and the reduction of what it leaves for each sequence to the scalars of the loss.
+
+Sums are float64, in a fixed order, without atomics. Buffers: S sequences, N tokens, see ``token_loss``.
+"""
+
+import triton
+import triton.language as tl
+
+from .codes import GSPO, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM_NORM
+from .first_look import LOOKERS, advantage_of
+from .math import exp_expm1
+from .memory import clear, read, span, write
+from .sums import accumulator, fold, total8
+from .terms import kl_term, log_ratio, policy_term, supervised_term
+
+
+@triton.jit
+def aggregation_weight(count, total, denominator, norm_length, AGGREGATION: tl.constexpr):
+    """The weight of each token of a sequence of ``count`` tokens, float64; 0 where there is none."""
+    share = total.to(tl.float64)
+    if denominator is not None:
+        share = tl.load(denominator).to(tl.float64)
+    if AGGREGATION == SEQ_MEAN_TOKEN_MEAN:
+        share *= count.to(tl.float64)
+    elif AGGREGATION == SEQ_MEAN_TOKEN_SUM_NORM:
+        share *= norm_length
+    return tl.where(count > 0, 1.0 / tl.where(count > 0, share, 1.0), 0.0)
+
+
+@triton.jit(do_not_specialize=["S", "T", "N"])
+def token(
+    batch, looked, out, mu, policy_denominator, supervised_denominator, S: tl.int64, T: tl.int64, N: tl.int64,
+    p0: tl.float64, p1: tl.float64, p2: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64,
+    norm_length: tl.float64,
+    POLICY: tl.constexpr, PHI: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, AGGREGATION: tl.constexpr,
+    SUPERVISED_AGGREGATION: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One pass over the tokens of one sequence: slopes, the row of signals, and the sums that `finish` adds up."""
+    s = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = batch.logprobs.dtype.element_ty
+    p0, p1, p2 = tl.full((), p0, tl.float64), tl.full((), p1, tl.float64), tl.full((), p2, tl.float64)
+    start, length = span(batch.cu_seqlens, s, T, N)
+    count = tl.load(looked.count + s)
+    rollout = tl.load(batch.is_expert + s) == 0
+    policy_length = tl.where(rollout, length, 0)  # the inputs of the policy term are not even read for experts
+
+    pair = 2 * tl.arange(0, LOOKERS)
+    policy_total = tl.sum(tl.load(looked.total + pair, mask=pair < 2 * S, other=0))
+    supervised_total = tl.sum(tl.load(looked.total + pair + 1, mask=pair < 2 * S, other=0))
+    policy_weight = aggregation_weight(count, policy_total, policy_denominator, norm_length, AGGREGATION)
+    weight = aggregation_weight(count, supervised_total, supervised_denominator, norm_length, SUPERVISED_AGGREGATION)
+    weight = tl.where(rollout, policy_weight, weight)
+    share = tl.load(mu).to(tl.float64)
+    share = tl.where(rollout, 1.0 - share, share)
+    slope_weight = (share * weight).to(dtype)
+    penalty = tl.full((), kl_coef, tl.float64).to(dtype)
+    entropy_weight = (-(share * weight) * entropy_coef).to(dtype)
+    if POLICY >= GSPO:
+        sequence_ratio = tl.full([BLOCK], tl.load(looked.ratio + s), dtype)
+        coupled = tl.load(looked.coupled + s).to(dtype)
+    else:
+        sequence_ratio, coupled = 1.0, 0.0
+
+    zero = accumulator(BLOCK, dtype)
+    nll, advs, diffs, cs1, cr1, cs2, cr2, cscr = zero, zero, zero, zero, zero, zero, zero, zero
+    own_n, diff_n, losses, kls, entropies, ratios, divergences, updates = zero, zero, zero, zero, zero, zero, zero, zero
+    largest = tl.zeros([BLOCK], dtype)
+    for i in range(0, length, BLOCK):
+        # 1. Select before any arithmetic: what a dead place or the other branch holds must not leak, nan included.
+        live = read(batch.mask, start, i, length, BLOCK) != 0
+        policy = live & rollout
+        logp = tl.where(live, read(batch.logprobs, start, i, length, BLOCK), 0.0)
+        logp_r = tl.where(policy, logp, 0.0)
+        adv = advantage_of(batch, s, start, i, policy_length, PER_TOKEN, BLOCK)
+        adv = tl.where(policy, adv, 0.0)
+
+        # 2. The policy term and its KL penalty.
+        if batch.old_logprobs is None:
+            d, low, beyond = log_ratio(logp_r, None)
+        else:
+            old = read(batch.old_logprobs, start, i, policy_length, BLOCK)
+            d, low, beyond = log_ratio(logp_r, tl.where(policy, old, 0.0))
+        ratio, u = exp_expm1(d, low)
+        loss, cr, update = policy_term(logp_r, adv, ratio, u, beyond, sequence_ratio, coupled, p0, p1, p2, POLICY)
+        if batch.rollout_weights is not None:
+            correction = tl.where(policy, read(batch.rollout_weights, start, i, policy_length, BLOCK), 0.0)
+            loss *= correction
+            if POLICY != GSPO:  # whose slope holds the corrections of the whole sequence already
+                cr *= correction
+        if batch.ref_logprobs is not None:
+            ref = tl.where(policy, read(batch.ref_logprobs, start, i, policy_length, BLOCK), 0.0)
+            kl, kl_slope = kl_term(logp_r, ref, ratio, beyond, KL, KL_RATIO)
+            cr += tl.where(penalty != 0.0, penalty * kl_slope, 0.0)
+            kls += fold(tl.where(policy, kl, 0.0))
+        cr = tl.where(policy, cr, 0.0)
+
+        # 3. The supervised term, whose slope the signals want on rollouts too.
+        expert_loss, cs, p = supervised_term(logp, PHI)
+        cs = tl.where(live, cs, 0.0)
+        own = tl.where(rollout, cr, cs)
+        loss = tl.where(rollout, loss, expert_loss)
+        write(out.slope, start, i, length, tl.where(live, own * slope_weight, 0.0), BLOCK)
+        write(out.logprobs, start, i, length, logp, BLOCK)
+
+        # 4. Sums.
+        diff = cs - cr
+        if batch.sum_sq is not None:
+            norm = 1.0 - 2.0 * p + tl.where(live, read(batch.sum_sq, start, i, length, BLOCK), 0.0)
+            own_n += fold(own * own * norm)
+            diff_n += fold(diff * diff * norm)
+        if batch.entropy is not None:
+            entropies += fold(tl.where(policy, read(batch.entropy, start, i, policy_length, BLOCK), 0.0))
+            write(out.entropy_slope, start, i, length, tl.where(policy, entropy_weight, 0.0), BLOCK)
+        nll -= fold(logp)
+        advs += fold(adv)
+        diffs += fold(diff * diff)
+        cs1 += fold(cs)
+        cr1 += fold(cr)
+        cs2 += fold(cs * cs)
+        cr2 += fold(cr * cr)
+        cscr += fold(cs * cr)
+        losses += fold(tl.where(live, loss, 0.0))
+        divergences += fold(tl.where(policy, (u - d) - low, 0.0))
+        updates += fold(tl.where(policy, update, 0.0))
+        shown = ratio if POLICY < GSPO else sequence_ratio
+        ratios += fold(tl.where(policy, shown, 0.0))
+        largest = tl.maximum(largest, tl.where(policy, shown, 0.0))
+
+    lane = tl.arange(0, 8)
+    row = out.rows + s * 12
+    first = total8(nll, advs, diffs, cs1, cr1, cs2, cr2, cscr)
+    second = total8(own_n, diff_n, losses, kls, entropies, ratios, divergences, updates)
+    first /= tl.where(lane == 1, tl.maximum(count, 1), 1).to(tl.float64)  # the mean advantage
+    second *= tl.where((lane >= 2) & (lane < 5), weight, 1.0)
+    tl.store(row, tl.where((count > 0) & (rollout == 0), 1.0, 0.0))
+    tl.store(row + 1, count)
+    tl.store(row + 2 + lane, first)
+    tl.store(row + 10 + lane, second, mask=lane < 2)
+    tl.store(out.part + (s * 8 - 2) + lane, second, mask=lane >= 2)
+    tl.store(out.part + s * 8 + 6, tl.max(largest))
+    if batch.cu_seqlens is not None:
+        clear_uncovered(batch, out, s, S, N, BLOCK)
+
+
+@triton.jit
+def clear_uncovered(batch, out, s, S, N, BLOCK: tl.constexpr):
+    """Zeros before the first and after the last sequence of a packed batch, shared out among all programs."""
+    head = tl.minimum(tl.maximum(tl.load(batch.cu_seqlens).to(tl.int64), 0), N)
+    tail = tl.minimum(tl.maximum(tl.load(batch.cu_seqlens + S).to(tl.int64), 0), N)
+    clear(out.slope, head, tail, N, s, S, BLOCK)
+    clear(out.logprobs, head, tail, N, s, S, BLOCK)
+    if batch.entropy is not None:
+        clear(out.entropy_slope, head, tail, N, s, S, BLOCK)
+
+
+@triton.jit(do_not_specialize=["S"])
+def finish(
+    is_expert, count, residual, part, mu, loss, scalars, S: tl.int64, kl_coef: tl.float64, entropy_coef: tl.float64,
+    CLIPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``library.SCALARS`` and the loss from what `token` left for each sequence; a single program."""
+    zero = tl.zeros([BLOCK], tl.float64)
+    policy, supervised, kls, entropies = zero, zero, zero, zero
+    ratios, divergences, updates, tokens = zero, zero, zero, zero
+    largest, residuals, groups = zero, zero, zero
+    for i in range(0, S, BLOCK):
+        s = i + tl.arange(0, BLOCK)
+        inside = s < S
+        rollout = tl.load(is_expert + s, mask=inside, other=1) == 0
+        own = tl.load(part + 8 * s, mask=inside, other=0.0)
+        policy += tl.where(rollout, own, 0.0)
+        supervised += tl.where(rollout, 0.0, own)
+        kls += tl.load(part + 8 * s + 1, mask=rollout, other=0.0)
+        entropies += tl.load(part + 8 * s + 2, mask=rollout, other=0.0)
+        ratios += tl.load(part + 8 * s + 3, mask=inside, other=0.0)
+        divergences += tl.load(part + 8 * s + 4, mask=inside, other=0.0)
+        updates += tl.load(part + 8 * s + 5, mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.load(part + 8 * s + 6, mask=inside, other=0.0))
+        tokens += tl.load(count + s, mask=rollout, other=0).to(tl.float64)
+        if residual is not None:
+            residuals += tl.load(residual + 2 * s, mask=inside, other=0.0)
+            groups += tl.load(residual + 2 * s + 1, mask=inside, other=0.0)
+
+    # The lanes are the scalars in their order, but for lane 5, where ratio_max belongs.
+    lane = tl.arange(0, 8)
+    token_count, ratio_sum = tl.sum(tokens), tl.sum(ratios)
+    sums = total8(policy, supervised, kls, entropies, ratios, zero, divergences, updates)
+    sums /= tl.where(lane < 4, 1.0, tl.maximum(token_count, 1.0))
+    tl.store(scalars + lane, sums, mask=lane != 5)
+    tl.store(scalars + 5, tl.where(ratio_sum == ratio_sum, tl.max(largest), ratio_sum))  # a maximum does not keep nan
+    if CLIPS:
+        unclipped = tl.sum(updates) / tl.maximum(token_count, 1.0)
+        tl.store(scalars + 8, tl.where(token_count > 0, 1.0 - unclipped, 0.0))
+    else:
+        tl.store(scalars + 8, 0.0)
+    tl.store(scalars + 9, tl.sum(residuals) / tl.maximum(tl.sum(groups), 1.0))
+
+    kl_coef, entropy_coef = tl.full((), kl_coef, tl.float64), tl.full((), entropy_coef, tl.float64)
+    share = tl.load(mu).to(tl.float64)
+    coefficient = tl.where(lane == 0, 1.0, tl.where(lane == 2, kl_coef, -entropy_coef)) * (1.0 - share)
+    coefficient = tl.where(lane == 1, share, coefficient)
+    tl.store(loss, tl.sum(tl.where(lane < 4, sums * coefficient, 0.0)))
