@@ -68,9 +68,9 @@ class GuidedAdaptiveController:
     device: of mu, the state and all observed signals; default torch's default device.
     process_group: ranks that share the controller's state; default the default group, if torch.distributed is
     initialised when step() runs. Every rank must call step() equally often, also one that observed nothing. Ranks
-    exchange signals on refresh steps only (plus one small gather of the KL a step under KLTarget). With a group that has
-    a CPU backend too ("cpu:gloo,cuda:nccl") no exchange makes the host wait for the device; with "nccl" alone that of
-    the row counts does, once a refresh.
+    exchange signals on refresh steps only (plus one small gather of the KL a step under KLTarget). With a group that
+    has a CPU backend too ("cpu:gloo,cuda:nccl") no exchange makes the host wait for the device; with "nccl" alone that
+    of the row counts does, once a refresh.
     """
 
     def __init__(
