@@ -31,7 +31,6 @@ UNIT_FLAGS = {
     # GCC 12 warns about uninitialised values inside its own AVX-512 header (GCC PR 105593).
     "token_loss_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-maybe-uninitialized"],
     "token_loss_avx2.cpp": ["-mavx2", "-mfma"],
-    "token_loss_portable.cpp": ["-Wno-psabi"],  # vectors wider than the machine's are passed in memory: all inlined
 }
 SANITIZE_FLAGS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-g1"]
 

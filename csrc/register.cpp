@@ -6,13 +6,14 @@
 
 #include <exception>
 
+#include "cpu/isa.h"
 #include "cpu/token_loss_op.h"
 
 STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) { m.impl("token_loss", TORCH_BOX(&gac::token_loss)); }
 
 namespace {
 
-PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(gac::instruction_set()); }
+PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(gac::isa_name()); }
 
 PyMethodDef methods[] = {
     {"instruction_set", instruction_set, METH_NOARGS,
@@ -29,7 +30,7 @@ PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__C(void) {
     try {
-        gac::instruction_set();  // settles the choice, and refuses an impossible one, at import
+        gac::isa_name();  // settles the choice, and refuses an impossible one, at import
     } catch (const std::exception& error) {
         PyErr_SetString(PyExc_ImportError, error.what());
         return nullptr;

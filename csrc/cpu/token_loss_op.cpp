@@ -6,47 +6,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
+#include <initializer_list>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "groups.h"
+#include "isa.h"
 #include "token_loss.h"
 
 namespace gac {
 namespace {
-
-enum class Isa { kPortable, kAvx2, kAvx512 };
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
-
-Isa best_isa() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return Isa::kAvx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
-#endif
-    return Isa::kPortable;
-}
-
-Isa choose_isa() {
-    const char* asked = std::getenv("GAC_KERNELS_ISA");
-    const Isa best = best_isa();
-    if (!asked || !*asked) return best;
-    for (int i = 0; i <= static_cast<int>(best); ++i)
-        if (std::string(asked) == kIsaNames[i]) return static_cast<Isa>(i);
-    throw std::runtime_error(
-        "GAC_KERNELS_ISA must be one of portable, avx2, avx512 and no more than this CPU's " +
-        std::string(kIsaNames[static_cast<int>(best)]) + "; got '" + asked + "'");
-}
-
-Isa isa() {
-    static const Isa chosen = choose_isa();
-    return chosen;
-}
 
 template <class T>
 const TokenLossStages<T>& stages() {
@@ -63,14 +33,17 @@ const TokenLossStages<T>& stages() {
 
 // Arguments -------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kAnySize = -1;
+struct Dtype {
+    int32_t code;
+    const char* name;
+};
 
 template <class T>
-int32_t dtype_of() {
-    if constexpr (std::is_same_v<T, float>) return aoti_torch_dtype_float32();
-    if constexpr (std::is_same_v<T, double>) return aoti_torch_dtype_float64();
-    if constexpr (std::is_same_v<T, int64_t>) return aoti_torch_dtype_int64();
-    return aoti_torch_dtype_bool();
+Dtype dtype_of() {
+    if constexpr (std::is_same_v<T, float>) return {aoti_torch_dtype_float32(), "float32"};
+    if constexpr (std::is_same_v<T, double>) return {aoti_torch_dtype_float64(), "float64"};
+    if constexpr (std::is_same_v<T, int64_t>) return {aoti_torch_dtype_int64(), "int64"};
+    if constexpr (std::is_same_v<T, uint8_t>) return {aoti_torch_dtype_bool(), "bool"};
 }
 
 int32_t dtype_of(const Tensor& tensor) {
@@ -82,15 +55,12 @@ int32_t dtype_of(const Tensor& tensor) {
 // The data of a contiguous CPU tensor of `size` elements; bool comes as bytes.
 template <class T>
 const T* data(const char* name, const Tensor& tensor, int64_t size) {
-    constexpr const char* expected = std::is_same_v<T, float>     ? "float32"
-                                     : std::is_same_v<T, double>  ? "float64"
-                                     : std::is_same_v<T, int64_t> ? "int64"
-                                                                  : "bool";
     STD_TORCH_CHECK(tensor.is_cpu(), "token_loss: ", name, " must be on the CPU like logprobs");
-    STD_TORCH_CHECK(dtype_of(tensor) == dtype_of<T>(), "token_loss: ", name, " must have dtype ", expected);
+    const Dtype expected = dtype_of<T>();
+    STD_TORCH_CHECK(dtype_of(tensor) == expected.code, "token_loss: ", name, " must have dtype ", expected.name);
     STD_TORCH_CHECK(tensor.is_contiguous(), "token_loss: ", name, " must be contiguous");
     STD_TORCH_CHECK(
-        size == kAnySize || tensor.numel() == size, "token_loss: ", name, " must have ", size, " elements, got ",
+        tensor.numel() == size, "token_loss: ", name, " must have ", size, " elements, got ",
         tensor.numel());
     return static_cast<const T*>(tensor.const_data_ptr());
 }
@@ -102,11 +72,11 @@ const T* data(const char* name, const OptionalTensor& tensor, int64_t size) {
 
 template <class T>
 Tensor empty(std::initializer_list<int64_t> sizes) {
-    int64_t strides[2] = {1, 1};
+    int64_t strides[2] = {1, 1};  // contiguous, of at most two dimensions
     if (sizes.size() == 2) strides[0] = sizes.begin()[1];
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype_of<T>(), aoti_torch_device_type_cpu(), 0,
+        static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype_of<T>().code, aoti_torch_device_type_cpu(), 0,
         &handle));
     return Tensor(handle);
 }
@@ -131,16 +101,15 @@ struct Branch {
     int64_t tokens = 0, sequences = 0;  // with at least one live token
     int aggregation;
     double norm_length;
-    double denominator;  // given, or nan
+    std::optional<double> denominator;  // where one was given
 
     // The weight of every token of a sequence with `count` live tokens.
     double weight(int64_t count) const {
         const double own = static_cast<double>(aggregation == kTokenMean ? tokens : sequences);
-        const double total = std::isnan(denominator) ? own : denominator;
         const double length = aggregation == kSeqMeanTokenMean      ? static_cast<double>(count)
                               : aggregation == kSeqMeanTokenSumNorm ? norm_length
                                                                     : 1.0;
-        return 1.0 / (length * total);
+        return 1.0 / (length * denominator.value_or(own));
     }
 };
 
@@ -151,15 +120,14 @@ void parallel(int64_t sequences, int64_t tokens, const F& body) {
     torch::stable::parallel_for(0, sequences, std::max<int64_t>(grain, 1), body);
 }
 
-template <class T>
 struct Totals {
     double scalars[kScalars] = {};
     double loss = 0;
 };
 
 template <class T>
-Totals<T> add_up(const TokenLoss<T>& p, const Branch& policy, const Branch& supervised, double mu, double residual) {
-    Totals<T> out;
+Totals add_up(const TokenLoss<T>& p, const Branch& policy, const Branch& supervised, double mu, double residual) {
+    Totals out;
     double* const total = out.scalars;
     for (int64_t s = 0; s < p.sequences; ++s) {
         if (p.counts[s] == 0) continue;
@@ -190,7 +158,7 @@ Totals<T> add_up(const TokenLoss<T>& p, const Branch& policy, const Branch& supe
 
 // Everything between the arguments and the outputs, which `p` points to.
 template <class T>
-Totals<T> run(TokenLoss<T>& p, int64_t tokens, Branch policy, Branch supervised, double mu, const int64_t* groups) {
+Totals run(TokenLoss<T>& p, int64_t tokens, Branch policy, Branch supervised, double mu, const int64_t* groups) {
     const size_t count = static_cast<size_t>(p.sequences);
     std::vector<int64_t> counts(count);
     std::vector<double> scale(count), sums(count * kSequenceSums);
@@ -226,52 +194,63 @@ Totals<T> run(TokenLoss<T>& p, int64_t tokens, Branch policy, Branch supervised,
     return add_up(p, policy, supervised, mu, residual);
 }
 
+// The operator's arguments, whose meaning stands in gac_kernels/library.py.
+struct Arguments {
+    const Tensor &logprobs, &mask;
+    const OptionalTensor& cu_seqlens;
+    int64_t seq_len;
+    const Tensor& is_expert;
+    const OptionalTensor& advantages;
+    bool token_advantages;
+    const OptionalTensor &old_logprobs, &ref_logprobs, &rollout_weights, &entropy, &sum_sq, &groups;
+    const Tensor& mu;
+    const OptionalTensor &policy_denominator, &supervised_denominator;
+    TokenLossParameters parameters;
+    int aggregation, supervised_aggregation;
+    double norm_length;
+};
+
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_of(
-    const Tensor& logprobs, const Tensor& mask, const OptionalTensor& cu_seqlens, int64_t seq_len,
-    const Tensor& is_expert, const OptionalTensor& advantages, bool token_advantages, const OptionalTensor& old_logprobs,
-    const OptionalTensor& ref_logprobs, const OptionalTensor& rollout_weights, const OptionalTensor& entropy,
-    const OptionalTensor& sum_sq, const OptionalTensor& groups, const Tensor& mu,
-    const OptionalTensor& policy_denominator, const OptionalTensor& supervised_denominator,
-    const TokenLossParameters& parameters, int64_t aggregation, int64_t supervised_aggregation, double norm_length) {
-    const int64_t N = logprobs.numel(), S = is_expert.numel();
-    const int64_t* const offsets = data<int64_t>("cu_seqlens", cu_seqlens, S + 1);
+Branch branch(int aggregation, double norm_length, const char* name, const OptionalTensor& denominator) {
+    Branch out{0, 0, aggregation, norm_length, std::nullopt};
+    if (denominator) out.denominator = static_cast<double>(*data<T>(name, *denominator, 1));
+    return out;
+}
+
+template <class T>
+Outputs token_loss_of(const Arguments& a) {
+    const int64_t N = a.logprobs.numel(), S = a.is_expert.numel();
+    const int64_t* const offsets = data<int64_t>("cu_seqlens", a.cu_seqlens, S + 1);
     STD_TORCH_CHECK(
-        offsets || (seq_len >= 0 && (seq_len == 0 ? N == 0 : N % seq_len == 0 && N / seq_len == S)),
+        offsets || (a.seq_len >= 0 && (a.seq_len == 0 ? N == 0 : N % a.seq_len == 0 && N / a.seq_len == S)),
         "token_loss: without cu_seqlens, logprobs must have S * seq_len elements, got ", N, " for S = ", S,
-        " and seq_len = ", seq_len);
-    STD_TORCH_CHECK(parameters.policy != kDfpo || groups, "token_loss: groups must be given for DFPO");
-    const auto denominator = [](const char* name, const OptionalTensor& value) {
-        return value ? static_cast<double>(*data<T>(name, *value, 1)) : std::nan("");
-    };
-    const Branch policy{0, 0, static_cast<int>(aggregation), norm_length,
-                        denominator("policy_denominator", policy_denominator)};
-    const Branch supervised{0, 0, static_cast<int>(supervised_aggregation), norm_length,
-                            denominator("supervised_denominator", supervised_denominator)};
+        " and seq_len = ", a.seq_len);
+    const bool dfpo = a.parameters.policy == kDfpo;
+    STD_TORCH_CHECK(!dfpo || a.groups, "token_loss: groups must be given for DFPO");
 
     const Tensor loss = empty<T>({}), scalars = empty<T>({kScalars}), rows = empty<T>({S, kColumns});
-    const Tensor logprobs_out = empty<T>({N}), slope = empty<T>({N}), entropy_slope = empty<T>({entropy ? N : 0});
-    const std::vector<int64_t> bounds = sequence_bounds(offsets, S, seq_len, N);
+    const Tensor logprobs_out = empty<T>({N}), slope = empty<T>({N}), entropy_slope = empty<T>({a.entropy ? N : 0});
+    const std::vector<int64_t> bounds = sequence_bounds(offsets, S, a.seq_len, N);
 
     TokenLoss<T> p{};
     p.sequences = S;
     p.bounds = bounds.data();
-    p.expert = data<uint8_t>("is_expert", is_expert, S);
-    p.parameters = parameters;
+    p.expert = data<uint8_t>("is_expert", a.is_expert, S);
+    p.parameters = a.parameters;
     p.rows = output<T>(rows);
-    p.advantages = token_advantages ? nullptr : data<T>("advantages", advantages, S);
+    p.advantages = a.token_advantages ? nullptr : data<T>("advantages", a.advantages, S);
     p.streams = {
-        data<uint8_t>("mask", mask, N),
-        data<T>("logprobs", logprobs, N),
-        data<T>("old_logprobs", old_logprobs, N),
-        data<T>("ref_logprobs", ref_logprobs, N),
-        data<T>("rollout_weights", rollout_weights, N),
-        data<T>("entropy", entropy, N),
-        data<T>("sum_sq", sum_sq, N),
-        token_advantages ? data<T>("advantages", advantages, N) : nullptr,
+        data<uint8_t>("mask", a.mask, N),
+        data<T>("logprobs", a.logprobs, N),
+        data<T>("old_logprobs", a.old_logprobs, N),
+        data<T>("ref_logprobs", a.ref_logprobs, N),
+        data<T>("rollout_weights", a.rollout_weights, N),
+        data<T>("entropy", a.entropy, N),
+        data<T>("sum_sq", a.sum_sq, N),
+        a.token_advantages ? data<T>("advantages", a.advantages, N) : nullptr,
         output<T>(logprobs_out),
         output<T>(slope),
-        entropy ? output<T>(entropy_slope) : nullptr,
+        a.entropy ? output<T>(entropy_slope) : nullptr,
     };
     // Tokens that no sequence owns, before the first offset or after the last.
     for (T* out : {p.streams.logp_out, p.streams.slope, p.streams.entropy_slope}) {
@@ -280,9 +259,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_of(
         std::fill(out + bounds.back(), out + N, T(0));
     }
 
-    const Totals<T> totals = run(
-        p, N, policy, supervised, static_cast<double>(*data<T>("mu", mu, 1)),
-        parameters.policy == kDfpo ? data<int64_t>("groups", groups, S) : nullptr);
+    const Totals totals = run(
+        p, N, branch<T>(a.aggregation, a.norm_length, "policy_denominator", a.policy_denominator),
+        branch<T>(a.supervised_aggregation, a.norm_length, "supervised_denominator", a.supervised_denominator),
+        static_cast<double>(*data<T>("mu", a.mu, 1)), dfpo ? data<int64_t>("groups", a.groups, S) : nullptr);
     *output<T>(loss) = static_cast<T>(totals.loss);
     std::copy(totals.scalars, totals.scalars + kScalars, output<T>(scalars));
     return {loss, scalars, rows, logprobs_out, slope, entropy_slope};
@@ -290,35 +270,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_of(
 
 }  // namespace
 
-const char* instruction_set() { return kIsaNames[static_cast<int>(isa())]; }
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
+Outputs token_loss(
     Tensor logprobs, Tensor mask, OptionalTensor cu_seqlens, int64_t seq_len, Tensor is_expert,
     OptionalTensor advantages, bool token_advantages, OptionalTensor old_logprobs, OptionalTensor ref_logprobs,
     OptionalTensor rollout_weights, OptionalTensor entropy, OptionalTensor sum_sq, OptionalTensor groups, Tensor mu,
     OptionalTensor policy_denominator, OptionalTensor supervised_denominator, int64_t policy, double p0, double p1,
     double p2, bool phi, double kl_coef, int64_t kl_estimator, bool kl_ratio_weighted, double entropy_coef,
     int64_t aggregation, int64_t supervised_aggregation, double norm_length) {
-    const auto in = [](const char* name, int64_t value, int64_t low, int64_t high) {
+    const auto code = [](const char* name, int64_t value, int low, int high) {
         STD_TORCH_CHECK(
             low <= value && value <= high, "token_loss: ", name, " must be in [", low, ", ", high, "], got ", value);
         return static_cast<int>(value);
     };
-    const TokenLossParameters parameters{
-        in("policy", policy, kSigmoid, kDfpo), p0, p1, p2, phi, kl_coef,
-        in("kl_estimator", kl_estimator, kK1, kK3), kl_ratio_weighted, entropy_coef};
-    in("aggregation", aggregation, kTokenMean, kSeqMeanTokenSumNorm);
-    in("supervised_aggregation", supervised_aggregation, kTokenMean, kSeqMeanTokenSumNorm);
-    const auto call = [&](auto run_in) {
-        return run_in(
-            logprobs, mask, cu_seqlens, seq_len, is_expert, advantages, token_advantages, old_logprobs, ref_logprobs,
-            rollout_weights, entropy, sum_sq, groups, mu, policy_denominator, supervised_denominator, parameters,
-            aggregation, supervised_aggregation, norm_length);
-    };
+    const Arguments arguments{
+        logprobs, mask, cu_seqlens, seq_len, is_expert, advantages, token_advantages, old_logprobs, ref_logprobs,
+        rollout_weights, entropy, sum_sq, groups, mu, policy_denominator, supervised_denominator,
+        {code("policy", policy, kSigmoid, kDfpo), p0, p1, p2, phi, kl_coef,
+         code("kl_estimator", kl_estimator, kK1, kK3), kl_ratio_weighted, entropy_coef},
+        code("aggregation", aggregation, kTokenMean, kSeqMeanTokenSumNorm),
+        code("supervised_aggregation", supervised_aggregation, kTokenMean, kSeqMeanTokenSumNorm), norm_length};
     const int32_t dtype = dtype_of(logprobs);
-    if (dtype == aoti_torch_dtype_float64()) return call(token_loss_of<double>);
+    if (dtype == aoti_torch_dtype_float64()) return token_loss_of<double>(arguments);
     STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "token_loss: logprobs must have dtype float32 or float64");
-    return call(token_loss_of<float>);
+    return token_loss_of<float>(arguments);
 }
 
 }  // namespace gac

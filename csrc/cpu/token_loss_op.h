@@ -7,15 +7,13 @@
 
 namespace gac {
 
-// The instruction set the kernels run with: "avx512", "avx2" or "portable". The best the CPU has, or a lower one that
-// the environment variable GAC_KERNELS_ISA names; std::runtime_error if this machine does not have that one.
-const char* instruction_set();
-
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 // gac_kernels::token_loss; the schema, the shapes and what is returned stand in gac_kernels/library.py.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
+Outputs token_loss(
     Tensor logprobs, Tensor mask, OptionalTensor cu_seqlens, int64_t seq_len, Tensor is_expert,
     OptionalTensor advantages, bool token_advantages, OptionalTensor old_logprobs, OptionalTensor ref_logprobs,
     OptionalTensor rollout_weights, OptionalTensor entropy, OptionalTensor sum_sq, OptionalTensor groups, Tensor mu,

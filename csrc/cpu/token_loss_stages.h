@@ -3,109 +3,28 @@
 
 #include "../math/terms.h"
 #include "token_loss.h"
+#include "vector_loop.h"
 
 namespace GAC_NAMESPACE {
 
 using gac::SequenceCoupling;
-using gac::Streams;
 using gac::TokenLoss;
 using gac::TokenLossParameters;
 
-// Lanes are summed in V for this many tokens, then flushed into float64: the order is fixed by a token's place in its
-// sequence alone, so that neither threads nor neighbours nor padding on the right change a bit of a sequence's results.
-constexpr int64_t kBlock = 512;
-
-template <class T>
-GAC_INLINE Streams<T> advance(const Streams<T>& s, int64_t i) {
-    auto at = [i](auto* p) { return p ? p + i : p; };
-    return {at(s.mask), at(s.logp), at(s.old), at(s.reference), at(s.rollout), at(s.entropy), at(s.sum_sq),
-            at(s.advantage), at(s.logp_out), at(s.slope), at(s.entropy_slope)};
-}
-
-// The last tokens of a sequence, too few for a vector, copied to where a whole vector can be read and written; the
-// lanes beyond them are masked.
 template <class V>
-struct Tail {
-    using T = typename V::Scalar;
-    static constexpr int L = V::Lanes;
-    uint8_t mask[L];
-    T in[7][L], out[3][L] = {};
-
-    Streams<T> gather(const Streams<T>& s, int64_t n) {
-        auto copy = [n](const auto* from, auto* to) {
-            for (int i = 0; i < L; ++i) to[i] = from && i < n ? from[i] : 0;
-            return from ? to : nullptr;
-        };
-        return {copy(s.mask, mask), copy(s.logp, in[0]), copy(s.old, in[1]), copy(s.reference, in[2]),
-                copy(s.rollout, in[3]), copy(s.entropy, in[4]), copy(s.sum_sq, in[5]), copy(s.advantage, in[6]),
-                s.logp_out ? out[0] : nullptr, s.slope ? out[1] : nullptr, s.entropy_slope ? out[2] : nullptr};
-    }
-    void scatter(const Streams<T>& s, int64_t n) const {
-        T* const to[3] = {s.logp_out, s.slope, s.entropy_slope};
-        for (int k = 0; k < 3; ++k)
-            for (int64_t i = 0; to[k] && i < n; ++i) to[k][i] = out[k][i];
-    }
-};
-
-// Sums of K quantities over a sequence: lanes of V inside a block, lanes of double over the blocks.
-template <class V, int K>
-struct LaneSums {
-    double lanes[K][V::Lanes];
-
-    LaneSums() : lanes{} {}
-    void flush(const V* block) {
-        for (int k = 0; k < K; ++k) block[k].add_to(lanes[k]);
-    }
-    double operator[](int k) const {
-        double sum = 0;
-        for (int i = 0; i < V::Lanes; ++i) sum += lanes[k][i];
-        return sum;
-    }
-};
-
-// The hot loop: whole vectors of one block. A function of its own, so that `step` is instantiated once for blocks and
-// tails, and works on copies that no store can alias.
-template <class V, int K, class Step>
-__attribute__((noinline)) void sum_vectors(
-    const Streams<typename V::Scalar>& streams, int64_t begin, int64_t end, V (&sums)[K], const Step& step) {
-    const Streams<typename V::Scalar> at = streams;
-    const Step local = step;
-    V sum[K];
-    for (int k = 0; k < K; ++k) sum[k] = sums[k];
-    for (int64_t i = begin; i < end; i += V::Lanes) local(at, i, sum);
-    for (int k = 0; k < K; ++k) sums[k] = sum[k];
-}
-
-// Calls step(streams, i, sums) for the vectors of n tokens, in order. The last of the K sums is not summed over the blocks
-// but handed on, which suits a maximum; it is returned.
-template <class V, int K, class Step>
-V for_each_vector(const Streams<typename V::Scalar>& s, int64_t n, LaneSums<V, K - 1>& sums, const Step& step) {
-    const int64_t whole = n - n % V::Lanes;
-    V block_sums[K];
-    block_sums[K - 1] = V(0);
-    for (int64_t block = 0; block < n; block += kBlock) {
-        for (int k = 0; k < K - 1; ++k) block_sums[k] = V(0);
-        const bool last = n - block <= kBlock;
-        sum_vectors<V, K>(s, block, last ? whole : block + kBlock, block_sums, step);
-        if (last && whole < n) {
-            Tail<V> tail;
-            const Streams<typename V::Scalar> rest = advance(s, whole);
-            sum_vectors<V, K>(tail.gather(rest, n - whole), 0, V::Lanes, block_sums, step);
-            tail.scatter(rest, n - whole);
-        }
-        sums.flush(block_sums);
-    }
-    return block_sums[K - 1];
-}
-
-template <class V>
-GAC_INLINE V old_logprobs(const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, V logp) {
-    return at.old ? V::load(at.old + i, live) : on_policy_old(logp);
+GAC_INLINE V old_logprobs(const Streams<typename V::Scalar>& at, int64_t i, V logp) {
+    return at.old ? V::load(at.old + i) : on_policy_old(logp);
 }
 
 template <class V>
 GAC_INLINE V advantage_of(const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, V of_sequence) {
     return at.advantage ? V::load(at.advantage + i, live) : of_sequence;
+}
+
+// n = ||1_y - p||^2 = 1 - 2 p_y + sum p^2, the squared norm of the token's logit gradient; 0 where masked.
+template <class V>
+GAC_INLINE V squared_norm(const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, V p) {
+    return select(live, fma(V(-2), p, V(1) + V::load(at.sum_sq + i)), V(0));
 }
 
 template <class T>
@@ -143,10 +62,7 @@ void evaluate_expert(const TokenLoss<typename V::Scalar>& p, int64_t s) {
             sum[Logp] = sum[Logp] + logp;
             sum[Cs] = sum[Cs] + cs;
             sum[Cs2] = fma(cs, cs, sum[Cs2]);
-            if (at.sum_sq) {
-                const V norm = fma(V(-2), p1, V(1) + V::load(at.sum_sq + i, live));
-                sum[Norm] = fma(cs * cs, norm, sum[Norm]);
-            }
+            if (at.sum_sq) sum[Norm] = fma(cs * cs, squared_norm(at, i, live, p1), sum[Norm]);
         });
     const T row[kColumns] = {1, static_cast<T>(p.counts[s]), static_cast<T>(-sums[Logp]), 0, static_cast<T>(sums[Cs2]),
                              static_cast<T>(sums[Cs]), 0, static_cast<T>(sums[Cs2]), 0, 0, static_cast<T>(sums[Norm]),
@@ -180,7 +96,7 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
             const auto live = V::live(at.mask + i);
             const V logp = V::load(at.logp + i, live);
             const V advantage = Extras ? advantage_of(at, i, live, advantage_S) : advantage_S;
-            const Ratio<V> r = importance_ratio(logp, old_logprobs(at, i, live, logp), live);
+            const Ratio<V> r = importance_ratio(logp, old_logprobs(at, i, logp), live);
             const PolicyTerm<V> term = policy(logp, advantage, r, coupling);
 
             V loss = term.loss, cr = term.slope;  // the slope is 0 where masked
@@ -191,8 +107,7 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
                     if (!Policy::SlopeOfSequence) cr = cr * weight;
                 }
                 if (at.reference) {
-                    const V reference = V::load(at.reference + i, live);
-                    const KlTerm<V> kl = kl_term(kl_estimator, kl_ratio_weighted, logp, reference, r);
+                    const KlTerm<V> kl = kl_term(kl_estimator, kl_ratio_weighted, logp, V::load(at.reference + i), r);
                     cr = add_where(cr, live, kl_coef * kl.slope);
                     sum[Kl] = add_where(sum[Kl], live, kl.loss);
                 }
@@ -219,14 +134,14 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
             if (Policy::Clips) sum[Clipped] = add_where(sum[Clipped], live, select(term.clipped, V(1), V(0)));
             if constexpr (Extras) {
                 if (at.entropy) {
-                    sum[Entropy] = sum[Entropy] + V::load(at.entropy + i, live);
+                    sum[Entropy] = add_where(sum[Entropy], live, V::load(at.entropy + i));
                     select(live, entropy_slope, V(0)).store(at.entropy_slope + i);
                 }
                 if (at.advantage) sum[Advantage] = sum[Advantage] + advantage;
                 if (at.sum_sq) {
-                    const V norm = fma(V(-2), p1, V(1) + V::load(at.sum_sq + i, live));
-                    sum[OwnNorm] = fma(select(live, norm, V(0)), cr * cr, sum[OwnNorm]);
-                    sum[DiffNorm] = fma(select(live, norm, V(0)), difference * difference, sum[DiffNorm]);
+                    const V norm = squared_norm(at, i, live, p1);
+                    sum[OwnNorm] = fma(norm, cr * cr, sum[OwnNorm]);
+                    sum[DiffNorm] = fma(norm, difference * difference, sum[DiffNorm]);
                 }
             }
         });
@@ -302,7 +217,7 @@ struct Stages {
                 [](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
                     const auto live = V::live(at.mask + i);
                     const V logp = V::load(at.logp + i, live);
-                    const V raw = logp - old_logprobs(at, i, live, logp);
+                    const V raw = select(live, logp - old_logprobs(at, i, logp), V(0));
                     sum[LogRatio] = sum[LogRatio] + clamp(raw, V(-20), V(20));
                     if (at.advantage) sum[Advantage] = sum[Advantage] + V::load(at.advantage + i, live);
                 });

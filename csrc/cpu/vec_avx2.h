@@ -56,7 +56,6 @@ GAC_INLINE Vec lesser(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
 GAC_INLINE Vec greater(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 GAC_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 GAC_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
-GAC_INLINE Vec negative_abs(Vec a) { return _mm256_or_ps(a.v, _mm256_set1_ps(-0.0f)); }
 GAC_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
 GAC_INLINE Vec copysign(Vec magnitude, Vec sign) {
     const __m256 bit = _mm256_set1_ps(-0.0f);
@@ -65,10 +64,13 @@ GAC_INLINE Vec copysign(Vec magnitude, Vec sign) {
 GAC_INLINE Vec add_where(Vec sum, Mask m, Vec x) { return _mm256_add_ps(sum.v, _mm256_and_ps(x.v, m.bits)); }
 
 GAC_INLINE Vec greater_where(Vec largest, Mask m, Vec x) { return greater(largest, select(m, x, largest)); }
+GAC_INLINE Vec times_one_less(Vec a) { return _mm256_fmsub_ps(a.v, a.v, a.v); }
 GAC_INLINE Vec reciprocal(Vec a) { return Vec(1) / a; }
 
 // x = n ln 2 + f. ln 2 in one piece: with a fused multiply-add its rounding costs 3e-9 |x| of e^x.
 GAC_INLINE Vec reduce_by_ln2(Vec x, Vec n) { return _mm256_fnmadd_ps(n.v, _mm256_set1_ps(0.693147182f), x.v); }
+
+constexpr bool kGradualUnderflow = false;  // of scale_by_power
 
 // 2^n for the integer n in the low bits of `biased` (see vec_math.h); -126 <= n <= 127, and infinity for 128.
 GAC_INLINE Vec power_of_two(Vec, Vec biased) {

@@ -56,7 +56,6 @@ GAC_INLINE Vec lesser(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 GAC_INLINE Vec greater(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 GAC_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 GAC_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
-GAC_INLINE Vec negative_abs(Vec a) { return _mm512_or_ps(a.v, _mm512_set1_ps(-0.0f)); }
 GAC_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 GAC_INLINE Vec copysign(Vec magnitude, Vec sign) {
     // 0xd8: where the constant has a bit, take sign's, else magnitude's
@@ -70,6 +69,8 @@ GAC_INLINE Vec greater_where(Vec largest, Mask m, Vec x) {
     return _mm512_mask_max_ps(largest.v, m.bits, largest.v, x.v);
 }
 
+GAC_INLINE Vec times_one_less(Vec a) { return _mm512_fmsub_ps(a.v, a.v, a.v); }
+
 // 14 bits from the table, doubled by one Newton step: a third of the division's cost.
 GAC_INLINE Vec reciprocal(Vec a) {
     const Vec y = _mm512_rcp14_ps(a.v);
@@ -78,6 +79,8 @@ GAC_INLINE Vec reciprocal(Vec a) {
 
 // x = n ln 2 + f. ln 2 in one piece: with a fused multiply-add its rounding costs 3e-9 |x| of e^x.
 GAC_INLINE Vec reduce_by_ln2(Vec x, Vec n) { return _mm512_fnmadd_ps(n.v, _mm512_set1_ps(0.693147182f), x.v); }
+
+constexpr bool kGradualUnderflow = true;  // of scale_by_power
 
 // a 2^n for any integral n, with overflow to infinity and gradual underflow. `biased` holds n too (see vec_math.h).
 GAC_INLINE Vec scale_by_power(Vec a, Vec n, Vec) { return _mm512_scalef_ps(a.v, n.v); }

@@ -45,11 +45,11 @@ GAC_INLINE VecDouble lesser(VecDouble a, VecDouble b) { return a.v < b.v ? a : b
 GAC_INLINE VecDouble greater(VecDouble a, VecDouble b) { return a.v > b.v ? a : b; }
 GAC_INLINE VecDouble fma(VecDouble a, VecDouble b, VecDouble c) { return VecDouble(a.v * b.v + c.v); }
 GAC_INLINE VecDouble abs(VecDouble a) { return VecDouble(::fabs(a.v)); }
-GAC_INLINE VecDouble negative_abs(VecDouble a) { return VecDouble(-::fabs(a.v)); }
+GAC_INLINE VecDouble times_one_less(VecDouble a) { return VecDouble(a.v * (a.v - 1)); }
 GAC_INLINE VecDouble reciprocal(VecDouble a) { return VecDouble(1 / a.v); }
 GAC_INLINE VecDouble sqrt(VecDouble a) { return VecDouble(::sqrt(a.v)); }
 GAC_INLINE VecDouble exp(VecDouble a) { return VecDouble(::exp(a.v)); }
-GAC_INLINE VecDouble exp_negative(VecDouble a) { return VecDouble(::exp(a.v)); }
+GAC_INLINE VecDouble exp_moderate(VecDouble a) { return VecDouble(::exp(a.v)); }
 GAC_INLINE VecDouble erf(VecDouble a, VecDouble) { return VecDouble(::erf(a.v)); }
 GAC_INLINE VecDouble atan(VecDouble a) { return VecDouble(::atan(a.v)); }
 GAC_INLINE VecDouble add_where(VecDouble sum, MaskDouble m, VecDouble x) { return m.bits ? sum + x : sum; }

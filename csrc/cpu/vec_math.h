@@ -23,19 +23,17 @@ GAC_INLINE ExpReduced exp_reduce(Vec x) {
     return {n, biased, f, fma(p, f, Vec(0.5))};
 }
 
-constexpr double kExpLowest = -87.33654, kExpHighest = 88.9;  // results below the smallest normal float are 0
-
-GAC_INLINE Vec exp_in_range(Vec clamped) {
-    const ExpReduced e = exp_reduce(clamped);
+GAC_INLINE Vec exp_moderate(Vec x) {
+    const ExpReduced e = exp_reduce(x);
     return scale_by_power(fma(fma(e.half, e.f, Vec(1)), e.f, Vec(1)), e.n, e.biased);
 }
 
-GAC_INLINE Vec exp_negative(Vec x) {
-    const Vec y = exp_in_range(greater(Vec(kExpLowest), x));
-    return select(x < Vec(kExpLowest), Vec(0), y);
+// Below `lowest`, e^x is 0: with gradual underflow the smallest denormal's half, else the smallest normal float.
+GAC_INLINE Vec exp(Vec x) {
+    const Vec lowest(kGradualUnderflow ? -104 : -87.33654), highest(88.9);
+    const Vec y = exp_moderate(clamp(x, lowest, highest));
+    return kGradualUnderflow ? y : select(x < lowest, Vec(0), y);
 }
-
-GAC_INLINE Vec exp(Vec x) { return exp_negative(lesser(Vec(kExpHighest), x)); }
 
 GAC_INLINE ExpParts<Vec> exp_parts(Vec x) {
     const ExpReduced e = exp_reduce(x);

@@ -1,4 +1,4 @@
-// Eight floats in the vector extension of GCC and Clang, which becomes SSE2, NEON, VSX or plain scalar code.
+// Four floats in the vector extension of GCC and Clang, which becomes SSE2, NEON, VSX or plain scalar code.
 #pragma once
 
 #include <stdint.h>
@@ -10,10 +10,10 @@ namespace GAC_NAMESPACE {
 
 struct Vec {
     using Scalar = float;
-    static constexpr int Lanes = 8;
+    static constexpr int Lanes = 4;
 
-    typedef float Floats __attribute__((vector_size(32)));
-    typedef int32_t Ints __attribute__((vector_size(32)));
+    typedef float Floats __attribute__((vector_size(16)));
+    typedef int32_t Ints __attribute__((vector_size(16)));
     struct Mask {
         Ints bits;  // -1 or 0 in a lane
     };
@@ -25,7 +25,7 @@ struct Vec {
 
     // The lanes of a bool mask that are set.
     static GAC_INLINE Mask live(const uint8_t* m) {
-        const Ints wide = {m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]};
+        const Ints wide = {m[0], m[1], m[2], m[3]};
         return {wide != Ints{}};
     }
     static GAC_INLINE Vec load(const float* x) {
@@ -65,7 +65,6 @@ GAC_INLINE Vec lesser(Vec a, Vec b) { return select(a < b, a, b); }
 GAC_INLINE Vec greater(Vec a, Vec b) { return select(a > b, a, b); }
 GAC_INLINE Vec fma(Vec a, Vec b, Vec c) { return a.v * b.v + c.v; }  // two roundings: not every machine has an FMA
 GAC_INLINE Vec abs(Vec a) { return of_bits(bits_of(a) & INT32_MAX); }
-GAC_INLINE Vec negative_abs(Vec a) { return of_bits(bits_of(a) | INT32_MIN); }
 GAC_INLINE Vec sqrt(Vec a) {
     for (int lane = 0; lane < Vec::Lanes; ++lane) a.v[lane] = __builtin_sqrtf(a.v[lane]);
     return a;
@@ -77,14 +76,17 @@ GAC_INLINE Vec add_where(Vec sum, Mask m, Vec x) { return sum + of_bits(m.bits &
 GAC_INLINE Vec Vec::load(const float* x, Mask m) { return of_bits(m.bits & bits_of(load(x))); }
 
 GAC_INLINE Vec greater_where(Vec largest, Mask m, Vec x) { return greater(largest, select(m, x, largest)); }
+GAC_INLINE Vec times_one_less(Vec a) { return a * (a - Vec(1)); }
 GAC_INLINE Vec reciprocal(Vec a) { return Vec(1) / a; }
 
 // x = n ln 2 + f. The high part of ln 2 has so few bits that n times it is exact: no fused multiply-add is needed.
 GAC_INLINE Vec reduce_by_ln2(Vec x, Vec n) { return (x - n * Vec(0.693359375)) + n * Vec(2.12194440e-4); }
 
+constexpr bool kGradualUnderflow = false;  // of scale_by_power
+
 // 2^n for the integer n in the low bits of `biased` (see vec_math.h); -126 <= n <= 127, and infinity for 128.
 GAC_INLINE Vec power_of_two(Vec, Vec biased) {
-    typedef uint32_t Words __attribute__((vector_size(32)));
+    typedef uint32_t Words __attribute__((vector_size(16)));
     return of_bits(reinterpret_cast<Ints>((reinterpret_cast<Words>(biased.v) << 23) + (127u << 23)));
 }
 GAC_INLINE Vec scale_by_power(Vec a, Vec n, Vec biased) { return a * power_of_two(n, biased); }

@@ -11,14 +11,13 @@ struct GateValue {
 };
 
 struct SigmoidGate {
-    // With e = e^-|x|, x = tau u: f = 4/tau sigmoid(x), f' = sech^2(x / 2) = 4 e / (1 + e)^2. Neither overflows.
+    // With e = e^-x, x = tau u: f = 4/tau sigmoid(x) = 4/tau / (1 + e), f' = sech^2(x / 2) = 4 e / (1 + e)^2. Beyond the
+    // clamp both have reached their limits in any precision that a loss has.
     template <class V>
     static GAC_INLINE GateValue<V> at(V u, V tau) {
-        const V x = tau * u;
-        const V e = exp_negative(negative_abs(x));
+        const V e = exp_moderate(clamp(-tau * u, V(-87), V(80)));
         const V v = reciprocal(V(1) + e);
-        const V ev = e * v;
-        return {V(4) / tau * select(x < V(0), ev, v), V(4) * ev * v};
+        return {V(4) / tau * v, V(4) * e * v * v};
     }
 };
 
@@ -26,7 +25,7 @@ struct ErfGate {
     template <class V>
     static GAC_INLINE GateValue<V> at(V u, V tau) {
         const V x = tau * u * V(0.70710678118654752440);
-        const V gauss = exp_negative(-x * x);
+        const V gauss = exp(-x * x);
         return {fma(V(1.25331413731550025121) / tau, erf(x, gauss), V(1)), gauss};  // sqrt(pi / 2)
     }
 };

@@ -11,7 +11,7 @@ struct PolicyParameters {
     double p0, p1, p2;
 };
 
-// The importance ratio of a token, from log_ratio = clamp(logp - old, -20, 20).
+// The importance ratio of a token, from log_ratio = clamp(logp - old, -20, 20); 1 in lanes that are not live.
 template <class V>
 struct Ratio {
     V log, value, minus_one;
@@ -20,7 +20,7 @@ struct Ratio {
 
 template <class V>
 GAC_INLINE Ratio<V> importance_ratio(V logp, V old, MaskOf<V> live) {
-    const V raw = logp - old;
+    const V raw = select(live, logp - old, V(0));
     const V log = clamp(raw, V(-20), V(20));
     const ExpParts<V> e = exp_parts(log);
     return {log, e.exp, e.minus_one, live, without(live, differs(raw, log))};
@@ -144,7 +144,7 @@ struct KlTerm {
 // output, so that the slope stays finite. `ratio_weighted` multiplies by r, with r's gradient.
 template <class V>
 GAC_INLINE KlTerm<V> kl_term(int estimator, bool ratio_weighted, V logp, V reference, const Ratio<V>& r) {
-    const V raw = reference - logp;
+    const V raw = select(r.live, reference - logp, V(0));
     const V d = clamp(raw, V(-20), V(20));
     V loss, slope;
     if (estimator == kK1) {
@@ -169,7 +169,7 @@ GAC_INLINE KlTerm<V> kl_term(int estimator, bool ratio_weighted, V logp, V refer
 // c_s = -phi, phi = p (1 - p) (CHORD, arXiv 2508.11408), in a form that keeps its relative precision at p -> 1.
 template <class V>
 GAC_INLINE V phi_slope(V p) {
-    return p * (p - V(1));
+    return times_one_less(p);
 }
 
 // sum + c_s logp. At logp = -inf, where c_s = -phi is 0, the term is 0 and not nan.
