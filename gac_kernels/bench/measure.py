@@ -118,11 +118,12 @@ def measure(
                 stopwatch(contestant)
         began = time.perf_counter()
         for done in range(max_rounds):
-            share = max(done / max_rounds, min(done / min_rounds, (time.perf_counter() - began) / budget_seconds))
-            if done >= min_rounds and share >= 1.0:
+            elapsed = time.perf_counter() - began
+            if done >= min_rounds and elapsed >= budget_seconds:
                 break
             if progress is not None:
-                progress(share)
+                spent = elapsed / budget_seconds if budget_seconds else 1.0
+                progress(max(done / max_rounds, min(done / min_rounds, spent)))
             shuffle(order)
             for contestant in order:
                 samples[contestant.name].append(stopwatch(contestant))

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the log-probs"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument(
         "--backend", choices=("reference", "cpu", "triton", "cuda"), help="of ours; default: all there are"
     )
@@ -86,10 +86,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from ..bench.cases import CASES, DTYPES
     from ..bench.measure import conditions, keep_heap_warm
     from ..bench.session import run_case
+    from .devices import pick_device
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device")
+    device = pick_device(args.device)
     if args.clock == "cpu" and (device != "cpu" or args.threads > 1):
         raise ValueError("--clock cpu: is for --device cpu --threads 1, where one thread does all the work")
     names, modes = _names(args), _modes(args)
@@ -97,17 +96,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no directory {str(path.parent)!r}")
     draw = _plotter() if args.plot is not None else None
+    make, dtype = CASES[args.case], DTYPES[args.dtype]
+    cases = [make(sequences, tokens, dtype, device, args.seed) for sequences, tokens in args.tokens]
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
         console.text(conditions(device, keep_heap_warm() if device == "cpu" else "", args.clock))
         sessions: list[tuple[TokenCase, Session]] = []
         with console.progress("bench") as progress:
-            for done, (sequences, tokens) in enumerate(args.tokens):
-                case = CASES[args.case](sequences, tokens, DTYPES[args.dtype], device, args.seed)
+            for done, case in enumerate(cases):
 
                 def show(share: float, note: str, done: int = done, x: str = case.x) -> None:
-                    progress((done + share) / len(args.tokens), f"{x} {note}")
+                    progress((done + share) / len(cases), f"{x} {note}")
 
                 found = run_case(case, names, modes, clock=args.clock, budget_seconds=args.seconds, progress=show)
                 sessions.append((case, found))

@@ -62,7 +62,9 @@ def self_tests(seed: int, budget_seconds: float = 8.0) -> list[SelfTest]:
     jobs.append(("cuda", "cuda", _absence("cuda")))
     runnable = sum(not why for _, _, why in jobs)
     return [
-        SelfTest(backend, device, "not tested", why) if why else _test(backend, device, seed, budget_seconds / runnable)
+        SelfTest(backend, device, "not tested", why)
+        if why
+        else check_backend(backend, device, seed, budget_seconds / runnable)
         for backend, device, why in jobs
     ]
 
@@ -76,7 +78,8 @@ def _absence(backend: str) -> str:
         return str(error)
 
 
-def _test(backend: str, device: str, seed: int, budget_seconds: float) -> SelfTest:
+def check_backend(backend: str, device: str, seed: int, budget_seconds: float) -> SelfTest:
+    """Run the cases one after the other until one fails or the time is up; whatever a backend raises is a failure."""
     began, done, worst = time.perf_counter(), 0, 0.0
     total = 2 * len(OBJECTIVES)
 
@@ -84,7 +87,7 @@ def _test(backend: str, device: str, seed: int, budget_seconds: float) -> SelfTe
         count = f"{done} of {total}"
         return SelfTest(backend, device, status, why, count, worst, time.perf_counter() - began)
 
-    for objective, batch, logprobs, entropy, sum_sq in _cases(seed, device):
+    for objective, batch, logprobs, entropy, sum_sq in cases(seed, device):
         if done and time.perf_counter() - began > budget_seconds:
             break
         kind = "packed" if batch.cu_seqlens is not None else "padded"
@@ -99,7 +102,7 @@ def _test(backend: str, device: str, seed: int, budget_seconds: float) -> SelfTe
     return outcome("passed")
 
 
-def _cases(seed: int, device: str) -> Iterator[tuple[HybridObjective, TokenBatch, Tensor, Tensor, Tensor]]:
+def cases(seed: int, device: str) -> Iterator[tuple[HybridObjective, TokenBatch, Tensor, Tensor, Tensor]]:
     """Each objective padded and packed, off-policy, ragged, with a sequence without tokens and nan where masked."""
     generator = torch.Generator().manual_seed(seed)
     shape = S, T = SEQUENCES, TOKENS

@@ -71,7 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from ..train import TrainConfig, train
+    from ..train._extras import require
+    from .devices import pick_device
 
+    require("transformers", package="transformers", purpose="gac-kernels train")
+    if args.device is not None:
+        pick_device(args.device)
     given: dict[str, Any] = {name: getattr(args, name) for name, _, _ in SETTINGS if getattr(args, name) is not None}
     if args.objective == "dr-grpo":
         given["advantage_scale"] = "none"

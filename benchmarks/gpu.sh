@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go, within nine minutes: build, GPU tests, compute-sanitizer, bench, overhead.
+# Needs python3 with torch, triton and pytest on the PATH, and no package index. Writes RESULTS/<device>.json
+# (default: benchmarks/results), prints a table last, and exits non-zero if any step failed or there is no GPU.
+#
+#   benchmarks/gpu.sh [RESULTS]
+set -uo pipefail
+
+cd "$(dirname "$0")/.." || exit 2
+RESULTS=$(realpath -m "${1:-benchmarks/results}")
+LOGS=$(mktemp -d)
+trap 'rm -rf "$LOGS"' EXIT
+LIMIT=530
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
+
+python3 - <<'PY' || { echo "gpu.sh: FAILED: torch sees no CUDA device; this script is for machines with a GPU" >&2; exit 2; }
+import sys, torch
+sys.exit(not torch.cuda.is_available())
+PY
+
+STEPS=() STATUS=() SECONDS_OF=()
+
+# step NAME LIMIT COMMAND...: run it with its output in $LOGS/NAME.{out,err}, and note how it went.
+step() {
+    local name=$1 limit=$2 left=$((LIMIT - SECONDS)) began=$SECONDS status
+    shift 2
+    ((limit > left)) && limit=$left
+    echo "== $name (at most $limit s): $*"
+    if ((limit < 5)); then
+        status=124
+    else
+        timeout -k 5 "$limit" "$@" >"$LOGS/$name.out" 2>"$LOGS/$name.err"
+        status=$?
+    fi
+    STEPS+=("$name") STATUS+=("$status") SECONDS_OF+=($((SECONDS - began)))
+    if ((status != 0)); then
+        echo "-- $name FAILED with status $status"
+        tail -n 40 "$LOGS/$name.out" "$LOGS/$name.err" 2>/dev/null
+    fi
+}
+
+sanitize() {
+    local tool=$1
+    shift
+    # Without PyTorch's caching allocator each tensor is an allocation of its own, whose ends memcheck sees.
+    step "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$@" python3 benchmarks/sanitize.py
+}
+
+step build 150 env GAC_KERNELS_REQUIRE_EXT=1 python3 setup.py build_ext --inplace
+step doctor 60 python3 -m gac_kernels doctor --json
+step tests 150 python3 -m pytest -q -m gpu -p no:cacheprovider tests
+step sanitize 60 python3 benchmarks/sanitize.py # compiles the kernels: the sanitizers then spend their time running them
+sanitize memcheck
+step bench 160 python3 -m gac_kernels bench --device cuda --tokens 64x2048 512x8192 --seconds 3 --json
+step overhead-tiny 60 python3 -m gac_kernels overhead --device cuda --model tiny --seconds 8 --json
+step overhead-qwen2 60 python3 -m gac_kernels overhead --device cuda --model qwen2-0.5b-head --seconds 8 --json
+sanitize racecheck
+sanitize initcheck
+
+for i in "${!STEPS[@]}"; do
+    printf '%s %s %s\n' "${STEPS[i]}" "${STATUS[i]}" "${SECONDS_OF[i]}"
+done >"$LOGS/steps"
+python3 benchmarks/collect.py "$LOGS" "$RESULTS"
