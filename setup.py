@@ -29,10 +29,13 @@ COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contrac
 # One unit an instruction set, chosen at run time. Never -march=native: the wheel may run elsewhere.
 UNIT_FLAGS = {
     # GCC 12 warns about uninitialised values inside its own AVX-512 header (GCC PR 105593).
-    "token_loss_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-maybe-uninitialized"],
+    "token_loss_avx512.cpp": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        "-Wno-maybe-uninitialized",
+    ],
     "token_loss_avx2.cpp": ["-mavx2", "-mfma"],
 }
-SANITIZE_FLAGS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-g1"]
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr"]
 
 
 def enabled(name: str) -> bool:
@@ -91,12 +94,12 @@ def extensions() -> list[Extension]:
         return without_extension("GAC_KERNELS_SKIP_EXT is set") or []
     if torch is None:
         return without_extension("the headers of torch >= 2.10 were not found in this environment") or []
-    sanitize = SANITIZE_FLAGS if enabled("GAC_KERNELS_SANITIZE") else []
+    sanitize = [*SANITIZERS, "-fno-omit-frame-pointer", "-g1"] if enabled("GAC_KERNELS_SANITIZE") else []
     return [
         Extension(
             "gac_kernels._C",
             sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")) + ["setup.py"],
+            depends=["setup.py", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))],
             define_macros=[
                 ("TORCH_TARGET_VERSION", "0x020a000000000000"),
                 *([("Py_LIMITED_API", "0x030a0000")] if LIMITED_API else []),

@@ -19,7 +19,7 @@ double transform_group(const int64_t* first, const int64_t* last, bool orthogona
         low = smallest(low, c.weight);
         dot += c.advantage * c.weight;
         square += c.advantage * c.advantage;
-        before += std::abs(c.advantage * c.weight);
+        if (orthogonal) before += std::abs(c.advantage * c.weight);
     }
     const double along = square > 0 ? dot / square : 0;
     double force = 0, total = 0;
@@ -29,7 +29,7 @@ double transform_group(const int64_t* first, const int64_t* last, bool orthogona
         force += c.advantage * c.gain;
         total += std::abs(c.advantage * c.gain);
     }
-    // What is left of a group whose weights lie along the advantages (a group of one) is rounding, not a direction.
+    // What Eq. 18 leaves of a group whose weights lie along its advantages (a group of one) is rounding, no direction.
     return total > 1e-12 * before ? std::abs(force) / total : std::nan("");
 }
 

@@ -8,9 +8,9 @@ namespace GAC_NAMESPACE {
 
 using gac::Streams;
 
-// Lanes are summed in V for this many tokens, then flushed into float64: the order is fixed by a token's place in its
+// Lanes are summed in V over this many vectors, then flushed into float64: the order is fixed by a token's place in its
 // sequence alone, so that neither threads nor neighbours nor padding on the right change a bit of a sequence's results.
-constexpr int64_t kBlock = 512;
+constexpr int64_t kBlockVectors = 32;
 
 template <class T>
 GAC_INLINE Streams<T> advance(const Streams<T>& s, int64_t i) {
@@ -86,6 +86,7 @@ __attribute__((noinline)) void sum_vectors(
 // but handed on, which suits a maximum; it is returned.
 template <class V, int K, class Step>
 V for_each_vector(const Streams<typename V::Scalar>& s, int64_t n, LaneSums<V, K - 1>& sums, const Step& step) {
+    constexpr int64_t kBlock = kBlockVectors * V::Lanes;
     const int64_t whole = n - n % V::Lanes;
     V block_sums[K];
     block_sums[K - 1] = V(0);

@@ -196,7 +196,9 @@ def _coupled_terms(
         member_S, adv_S = size_S > 0, segments.sum(adv_N) / count_S
         assert tokens.groups_S is not None  # DFPO; checked where the batch meets the objective
         new_S = transform_weights(policy, weight_S.detach(), adv_S, tokens.groups_S, member_S)
-        seen["residual"] = _cancellation(adv_S * new_S, adv_S * weight_S.detach(), tokens.groups_S, member_S)
+        # Only Eq. 18 subtracts: the smallest weight of Eq. 17 is exact, however small beside the others.
+        before_S = adv_S * weight_S.detach() if policy.transform == "adv_orthogonal" else torch.zeros_like(adv_S)
+        seen["residual"] = _cancellation(adv_S * new_S, before_S, tokens.groups_S, member_S)
         slope_N = -rollout_N * segments.expand(torch.where(member_S, new_S, 0.0)) * adv_N
         loss_N = slope_N * logp_N
     return loss_N, slope_N.detach(), {name: value.detach() for name, value in seen.items()}
