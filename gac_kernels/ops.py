@@ -32,6 +32,11 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
+def _chain(slope: Tensor, grad: Tensor, anchor: Tensor) -> Tensor:
+    """``slope * grad`` inside a backward; the guard costs as much as the product and matters under create_graph only."""
+    return _FirstOrderOnly.apply(slope, grad, anchor) if torch.is_grad_enabled() else slope * grad
+
+
 class _TokenLoss(torch.autograd.Function):
     """The token-level loss. Its slope comes out of the forward pass, so that backward is one multiplication."""
 
@@ -53,8 +58,8 @@ class _TokenLoss(torch.autograd.Function):
         none = (None,) * (len(ctx.needs_input_grad) - 2)
         if grad is None:
             return None, None, *none
-        to_logprobs = _FirstOrderOnly.apply(slope, grad, logprobs) if ctx.needs_input_grad[0] else None
-        to_entropy = _FirstOrderOnly.apply(entropy_slope, grad, entropy) if ctx.needs_input_grad[1] else None
+        to_logprobs = _chain(slope, grad, logprobs) if ctx.needs_input_grad[0] else None
+        to_entropy = _chain(entropy_slope, grad, entropy) if ctx.needs_input_grad[1] else None
         return to_logprobs, to_entropy, *none
 
 
