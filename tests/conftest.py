@@ -10,6 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: its kernels' tests run in its interpreter
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .codes import GSPO, TOKEN_MEAN
 from .memory import read, span
-from .sums import accumulator, fold
+from .sums import accumulator, add
 from .terms import BOUND, log_ratio
 
 LOOKERS = tl.constexpr(256)  # most programs of `look`, each of which leaves one pair of counts to be added up
@@ -80,14 +80,14 @@ def look_at_sequence(
             d, low, _ = log_ratio(logp, None)
         else:
             d, low, _ = log_ratio(logp, tl.where(live, read(batch.old_logprobs, start, i, length, BLOCK), 0.0))
-        log_ratios += fold(d) + fold(low)
+        log_ratios = add(log_ratios, d.to(tl.float64) + low.to(tl.float64))  # exp makes more of an error here
         adv = tl.where(live, advantage_of(batch, s, start, i, length, PER_TOKEN, BLOCK), 0.0)
         force = adv
         if POLICY == GSPO and batch.rollout_weights is not None:
             force = tl.where(live, adv * read(batch.rollout_weights, start, i, length, BLOCK), 0.0)
-        positive += fold(tl.where(adv > 0, force, 0.0))
-        negative += fold(tl.where(adv < 0, force, 0.0))
-        neither += fold(tl.where((adv > 0) | (adv < 0), 0.0, force))
+        positive = add(positive, tl.where(adv > 0, force, 0.0))
+        negative = add(negative, tl.where(adv < 0, force, 0.0))
+        neither = add(neither, tl.where((adv > 0) | (adv < 0), 0.0, force))
     share = 1.0 / tl.maximum(count, 1).to(tl.float64)
     total = tl.sum(log_ratios)
     if PRODUCT:  # bounded like a single ratio, so that the group algebra can use it
@@ -147,7 +147,8 @@ def transform(groups, is_expert, looked, weight, residual, S: tl.int64, ORTHOGON
     # What is left of a group whose ratios lie along its advantages (a group of one) is rounding, not a direction.
     counted = rollout & (gross_sum > 1e-12 * tl.sum(before))
     share = tl.where(counted, 1.0 / tl.maximum(tl.sum(count), 1).to(tl.float64), 0.0)
-    tl.store(residual + 2 * s, share * tl.abs(tl.sum(net)) / tl.where(counted, gross_sum, 1.0))
+    left = tl.abs(tl.sum(net)) / tl.where(counted, gross_sum, 1.0)
+    tl.store(residual + 2 * s, tl.where(counted, share * left, 0.0))
     tl.store(residual + 2 * s + 1, share)
 
 

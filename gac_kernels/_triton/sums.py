@@ -6,15 +6,15 @@ import triton.language as tl
 
 @triton.jit
 def accumulator(BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """Zeros to add :func:`fold` of blocks of ``dtype`` to."""
+    """Zeros to :func:`add` blocks of ``dtype`` to: one a thread, for what one 16-byte load brings it."""
     return tl.zeros([BLOCK * dtype.primitive_bitwidth // 128], tl.float64)
 
 
 @triton.jit
-def fold(x):
-    """Sum what one 16-byte load brings, which lies in one thread: fewer accumulators, and no communication."""
-    width: tl.constexpr = 128 // x.dtype.primitive_bitwidth
-    return tl.sum(tl.reshape(x, [x.shape[0] // width, width]), axis=1).to(tl.float64)
+def add(total, x):
+    """``total + x``. Neighbours, which lie in one thread, are summed first, in the dtype of ``x``."""
+    lanes: tl.constexpr = total.shape[0]
+    return total + tl.sum(tl.reshape(x, [lanes, x.shape[0] // lanes]), axis=1).to(tl.float64)
 
 
 @triton.jit

@@ -10,21 +10,21 @@ from .codes import GSPO, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM_NORM
 from .first_look import LOOKERS, advantage_of
 from .math import exp_expm1
 from .memory import clear, read, span, write
-from .sums import accumulator, fold, total8
+from .sums import accumulator, add, total8
 from .terms import kl_term, log_ratio, policy_term, supervised_term
 
 
 @triton.jit
-def aggregation_weight(count, total, denominator, norm_length, AGGREGATION: tl.constexpr):
-    """The weight of each token of a sequence of ``count`` tokens, float64; 0 where there is none."""
-    share = total.to(tl.float64)
+def divisor(count, total, denominator, norm_length, AGGREGATION: tl.constexpr):
+    """What the aggregation of a branch divides a token of a sequence of ``count`` tokens by, float64."""
+    by = total.to(tl.float64)
     if denominator is not None:
-        share = tl.load(denominator).to(tl.float64)
+        by = tl.load(denominator).to(tl.float64)
     if AGGREGATION == SEQ_MEAN_TOKEN_MEAN:
-        share *= count.to(tl.float64)
+        by *= count.to(tl.float64)
     elif AGGREGATION == SEQ_MEAN_TOKEN_SUM_NORM:
-        share *= norm_length
-    return tl.where(count > 0, 1.0 / tl.where(count > 0, share, 1.0), 0.0)
+        by *= norm_length
+    return by
 
 
 @triton.jit(do_not_specialize=["S", "T", "N"])
@@ -47,9 +47,10 @@ def token(
     pair = 2 * tl.arange(0, LOOKERS)
     policy_total = tl.sum(tl.load(looked.total + pair, mask=pair < 2 * S, other=0))
     supervised_total = tl.sum(tl.load(looked.total + pair + 1, mask=pair < 2 * S, other=0))
-    policy_weight = aggregation_weight(count, policy_total, policy_denominator, norm_length, AGGREGATION)
-    weight = aggregation_weight(count, supervised_total, supervised_denominator, norm_length, SUPERVISED_AGGREGATION)
-    weight = tl.where(rollout, policy_weight, weight)
+    policy_by = divisor(count, policy_total, policy_denominator, norm_length, AGGREGATION)
+    supervised_by = divisor(count, supervised_total, supervised_denominator, norm_length, SUPERVISED_AGGREGATION)
+    by = tl.where(count > 0, tl.where(rollout, policy_by, supervised_by), 1.0)
+    weight = tl.where(count > 0, 1.0 / by, 0.0)
     share = tl.load(mu).to(tl.float64)
     share = tl.where(rollout, 1.0 - share, share)
     slope_weight = (share * weight).to(dtype)
@@ -91,7 +92,7 @@ def token(
             ref = tl.where(policy, read(batch.ref_logprobs, start, i, policy_length, BLOCK), 0.0)
             kl, kl_slope = kl_term(logp_r, ref, ratio, beyond, KL, KL_RATIO)
             cr += tl.where(penalty != 0.0, penalty * kl_slope, 0.0)
-            kls += fold(tl.where(policy, kl, 0.0))
+            kls = add(kls, tl.where(policy, kl, 0.0))
         cr = tl.where(policy, cr, 0.0)
 
         # 3. The supervised term, whose slope the signals want on rollouts too.
@@ -106,24 +107,24 @@ def token(
         diff = cs - cr
         if batch.sum_sq is not None:
             norm = 1.0 - 2.0 * p + tl.where(live, read(batch.sum_sq, start, i, length, BLOCK), 0.0)
-            own_n += fold(own * own * norm)
-            diff_n += fold(diff * diff * norm)
+            own_n = add(own_n, own * own * norm)
+            diff_n = add(diff_n, diff * diff * norm)
         if batch.entropy is not None:
-            entropies += fold(tl.where(policy, read(batch.entropy, start, i, policy_length, BLOCK), 0.0))
+            entropies = add(entropies, tl.where(policy, read(batch.entropy, start, i, policy_length, BLOCK), 0.0))
             write(out.entropy_slope, start, i, length, tl.where(policy, entropy_weight, 0.0), BLOCK)
-        nll -= fold(logp)
-        advs += fold(adv)
-        diffs += fold(diff * diff)
-        cs1 += fold(cs)
-        cr1 += fold(cr)
-        cs2 += fold(cs * cs)
-        cr2 += fold(cr * cr)
-        cscr += fold(cs * cr)
-        losses += fold(tl.where(live, loss, 0.0))
-        divergences += fold(tl.where(policy, (u - d) - low, 0.0))
-        updates += fold(tl.where(policy, update, 0.0))
+        nll = add(nll, -logp)
+        advs = add(advs, adv)
+        diffs = add(diffs, diff * diff)
+        cs1 = add(cs1, cs)
+        cr1 = add(cr1, cr)
+        cs2 = add(cs2, cs * cs)
+        cr2 = add(cr2, cr * cr)
+        cscr = add(cscr, cs * cr)
+        losses = add(losses, tl.where(live, loss, 0.0))
+        divergences = add(divergences, tl.where(policy, (u - d) - low, 0.0))
+        updates = add(updates, tl.where(policy, update, 0.0))
         shown = ratio if POLICY < GSPO else sequence_ratio
-        ratios += fold(tl.where(policy, shown, 0.0))
+        ratios = add(ratios, tl.where(policy, shown, 0.0))
         largest = tl.maximum(largest, tl.where(policy, shown, 0.0))
 
     lane = tl.arange(0, 8)

@@ -1,0 +1,122 @@
+"""Compiles what the launcher launches, for GPUs that are not there, and reports on the machine code as JSON.
+
+    python tests/triton_aot.py '[{"arch": 90, "policy": "GSPO()", "dtype": "float32"}, ...]'
+
+Runs as a process of its own: the tests beside it have put triton into interpreter mode. Tensors are meta tensors, the
+driver a stand-in that knows a target and cannot launch; the specialisation of arguments is triton's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import gac_kernels as gk
+from gac_kernels import library
+from gac_kernels._triton.token_loss import token_loss
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
+
+
+class Driver:
+    """A driver without a device. Each target counts as a device of its own: kernels are cached by device."""
+
+    targets: ClassVar[list[GPUTarget]] = []
+
+    def __init__(self, target: GPUTarget) -> None:
+        if target not in self.targets:
+            self.targets.append(target)
+        index = self.targets.index(target)
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: index
+        self.get_current_stream = lambda device=None: 0
+
+
+compiled: list[tuple[str, Any]] = []  # the kernels of a call, in order; the same object if it was compiled before
+
+
+def compile_instead_of_launching() -> None:
+    launch = triton.JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((self.fn.__name__, launch(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    triton.JITFunction.run = run
+
+
+def call(
+    policy: str = "SAPO()", dtype: str = "float32", *, S: int = 8, T: int = 64, packed: bool = False, full: bool = True,
+    token_advantages: bool = False, **objective: Any,
+) -> None:  # fmt: skip
+    """One call of the operator; ``full``: with every optional input."""
+    kind, N = getattr(torch, dtype), S * T
+    made = gk.HybridObjective(eval(policy, vars(gk)), **objective)
+
+    def meta(count: int | tuple[()], dtype: torch.dtype = kind) -> torch.Tensor:
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    optional = [meta(N) if full else None for _ in range(5)]
+    cu_seqlens = meta(S + 1, torch.int64) if packed else None
+    advantages = meta(N if token_advantages else S)
+    token_loss(
+        meta(N), meta(N, torch.bool), cu_seqlens, 0 if packed else T, meta(S, torch.bool), advantages, token_advantages,
+        *optional, meta(S, torch.int64), meta(()), None, None, *library.encode(made, 100.0),
+    )  # fmt: skip
+
+
+def machine_code(kernel: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def dump(option: str) -> str:
+            return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, sass = dump("-res-usage"), dump("-sass")
+    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {**used, "instructions": Counter(INSTRUCTION.findall(sass)), "fusion": kernel.metadata.enable_fp_fusion}
+
+
+def main(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """For each case its kernels. ``identity`` says which of them are one compiled kernel."""
+    compile_instead_of_launching()
+    seen: list[Any] = []
+    reports = []
+    for case in cases:
+        arguments = dict(case)
+        arch = arguments.pop("arch", 90)
+        driver.set_active(Driver(GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)))
+        compiled.clear()
+        call(**arguments)
+        kernels = []
+        for name, kernel in compiled:
+            fresh = not any(kernel is other for other in seen)
+            seen += [kernel] if fresh else []
+            identity = next(i for i, other in enumerate(seen) if other is kernel)
+            code = (
+                {} if not fresh else machine_code(kernel) if "cubin" in kernel.asm else {"text": kernel.asm["amdgcn"]}
+            )
+            kernels.append({"kernel": name, "identity": identity, **code})
+        reports.append(kernels)
+    return reports
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        print(json.dumps(main(json.loads(sys.argv[1]))))
