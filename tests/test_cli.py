@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 
 from gac_kernels import library
 from gac_kernels.bench import measure
+from gac_kernels.bench.measure import Timing
 from gac_kernels.cli import main
 from gac_kernels.commands import overhead
 from gac_kernels.commands.console import Console
@@ -168,9 +170,24 @@ def test_overhead_weighs_kinds_of_steps_by_how_often_they_occur():
     times = [ControllerTime(0.0, refresh) for refresh in (True, False, True, False, False)]
     values = [10.0, 1.0, 12.0, 2.0, 3.0]
     assert overhead._weighted(values, times, 0.1) == pytest.approx(0.9 * 2.0 + 0.1 * 11.0)
-    low, high = overhead._bootstrap(values, times, 0.1, seed=0)
-    assert low < 2.9 < high
+    at_least, low, high = overhead._bootstrap(values, times, 0.1, seed=0)
+    assert at_least <= low < 2.9 < high
     assert overhead._weighted([4.0], [ControllerTime(0.0, True)], 0.1) == 4.0
+
+
+def test_overhead_of_a_slow_controller_fails_by_the_pairs_alone():
+    """What the stopwatch inside misses, a step that is slower with the controller, still fails the verdict."""
+    times = [ControllerTime(1e-6, bool(i % 2)) for i in range(20)]
+    jitter = [0.001 * (i % 5) for i in range(20)]
+    for slower, ok in ((0.05, False), (0.0, True)):
+        timings = {
+            "without": Timing(tuple(1.0 + j for j in jitter)),
+            "with": Timing(tuple(1.0 + slower + j for j in reversed(jitter))),
+            "signals": Timing((1e-6,)),
+        }
+        found = overhead._conclude(argparse.Namespace(bound=0.01, seed=0, model="tiny"), 10, times, timings, "here")
+        assert found.controller_share < 0.01
+        assert found.ok is ok
 
 
 def test_overhead_runs_the_demos_step(tmp_path):
