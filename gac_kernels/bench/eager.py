@@ -56,34 +56,49 @@ def token_loss(
     if not everything:
         return (loss,)
 
-    with torch.no_grad():
-        update = torch.where(policy, 4.0 * gate * (1.0 - gate), 0.0)  # f'(r)
-        cr, cs = -advantages[:, None] * update * ratio, -phi
-        difference = cs - cr
-        nothing_S = torch.zeros_like(advantages)
-        rows = torch.stack(
-            [
-                (is_expert & (tokens_S > 0)).to(logp.dtype),
-                tokens_S.to(logp.dtype),
-                -logp.sum(-1),
-                torch.where(policy_S, advantages, 0.0),
-                difference.square().sum(-1),
-                cs.sum(-1),
-                cr.sum(-1),
-                cs.square().sum(-1),
-                cr.square().sum(-1),
-                (cs * cr).sum(-1),
-                nothing_S,
-                nothing_S,
-            ],
-            dim=-1,
-        )
-        count = policy.sum().clamp(min=1)
-        live_ratio = torch.where(policy, ratio, 0.0)
-        metrics = (
-            live_ratio.sum() / count,
-            live_ratio.amax(),
-            (ratio - 1.0 - log_ratio).sum() / count,
-            update.sum() / count,
-        )
-    return loss, logp.detach(), rows, *metrics
+    return loss, logp.detach(), *_by_products(logp, log_ratio, ratio, gate, phi, mask, is_expert, advantages)
+
+
+@torch.no_grad()
+def _by_products(
+    logp: Tensor,
+    log_ratio: Tensor,
+    ratio: Tensor,
+    gate: Tensor,
+    phi: Tensor,
+    mask: Tensor,
+    is_expert: Tensor,
+    advantages: Tensor,
+) -> tuple[Tensor, ...]:
+    """Signal rows and the four metrics, from what the loss has computed already."""
+    policy, tokens_S = mask & ~is_expert[:, None], mask.sum(-1)
+    update = torch.where(policy, 4.0 * gate * (1.0 - gate), 0.0)  # f'(r)
+    cr, cs = -advantages[:, None] * update * ratio, -phi
+    difference = cs - cr
+    nothing_S = torch.zeros_like(advantages)
+    rows = torch.stack(
+        [
+            (is_expert & (tokens_S > 0)).to(logp.dtype),
+            tokens_S.to(logp.dtype),
+            -logp.sum(-1),
+            torch.where(~is_expert & (tokens_S > 0), advantages, 0.0),
+            difference.square().sum(-1),
+            cs.sum(-1),
+            cr.sum(-1),
+            cs.square().sum(-1),
+            cr.square().sum(-1),
+            (cs * cr).sum(-1),
+            nothing_S,
+            nothing_S,
+        ],
+        dim=-1,
+    )
+    count = policy.sum().clamp(min=1)
+    live_ratio = torch.where(policy, ratio, 0.0)
+    return (
+        rows,
+        live_ratio.sum() / count,
+        live_ratio.amax(),
+        (ratio - 1.0 - log_ratio).sum() / count,
+        update.sum() / count,
+    )

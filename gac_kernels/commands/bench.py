@@ -91,6 +91,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     device = pick_device(args.device)
     if args.clock == "cpu" and (device != "cpu" or args.threads > 1):
         raise ValueError("--clock cpu: is for --device cpu --threads 1, where one thread does all the work")
+    if not 0.0 <= args.seconds < float("inf"):
+        raise ValueError(f"--seconds must be finite and at least 0, got {args.seconds}")
     names, modes = _names(args), _modes(args)
     for path in (args.csv, args.plot):
         if path is not None and not path.parent.is_dir():
