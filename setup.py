@@ -16,10 +16,12 @@ import os
 import platform
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -28,11 +30,7 @@ LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded P
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 # One unit an instruction set, chosen at run time. Never -march=native: the wheel may run elsewhere.
 UNIT_FLAGS = {
-    # GCC 12 warns about uninitialised values inside its own AVX-512 header (GCC PR 105593).
-    "token_loss_avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
-        "-Wno-maybe-uninitialized",
-    ],
+    "token_loss_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     "token_loss_avx2.cpp": ["-mavx2", "-mfma"],
 }
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr"]
@@ -52,9 +50,9 @@ def without_extension(why: str) -> None:
         raise SystemExit(f"gac_kernels: the compiled module cannot be built: {why} (GAC_KERNELS_REQUIRE_EXT is set)")
     say(
         f"gac_kernels is installed WITHOUT its compiled CPU kernels: {why}.",
-        "It works, but losses on the CPU run in eager PyTorch, several times slower. To build the kernels:",
-        "install torch >= 2.10 and a C++17 compiler (g++ or clang++), then reinstall gac-kernels",
-        "with GAC_KERNELS_REQUIRE_EXT=1, and with --no-build-isolation if torch was not found.",
+        "It works, but losses on the CPU run in eager PyTorch, many times slower. To get the kernels, install",
+        "torch >= 2.10 and a C++17 compiler (g++ or clang++) first; then, with GAC_KERNELS_REQUIRE_EXT=1 set,",
+        "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps gac-kernels",
     )
 
 
@@ -70,22 +68,30 @@ def find_torch() -> Path | None:
 
 
 class BuildExtension(build_ext):
-    """Gives every unit its own flags, and lets the installation go on without the extension."""
+    """Gives every unit its own flags, compiles units side by side, and can let the installation go on without them."""
 
     def build_extension(self, ext: Extension) -> None:
-        compile_one = getattr(self.compiler, "_compile", None)
-        if compile_one is None:
-            return without_extension(f"the {self.compiler.compiler_type} compiler is not supported")
+        try:
+            if not hasattr(self.compiler, "_compile"):
+                raise CCompilerError(f"compilers of type {self.compiler.compiler_type} are not supported")
+            self._give_units_their_flags()
+            super().build_extension(ext)
+        except (CCompilerError, OSError) as error:
+            without_extension(f"compiling it failed: {error}")
+
+    def _give_units_their_flags(self) -> None:
+        compile_one, compile_all = self.compiler._compile, self.compiler.compile
 
         def compile_unit(obj, src, ext, cc_args, extra_postargs, pp_opts):  # type: ignore[no-untyped-def]
             flags = UNIT_FLAGS.get(Path(src).name, []) if X86 else []
             compile_one(obj, src, ext, cc_args, [*extra_postargs, *flags], pp_opts)
 
-        self.compiler._compile = compile_unit
-        try:
-            super().build_extension(ext)
-        except Exception as error:  # whatever a compiler, a linker or their absence raises: reported, never hidden
-            without_extension(f"compiling it failed: {error}")
+        def compile_side_by_side(sources, *args, **kwargs):  # type: ignore[no-untyped-def]
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_all([source], *args, **kwargs), sources)
+                return [name for names in objects for name in names]
+
+        self.compiler._compile, self.compiler.compile = compile_unit, compile_side_by_side
 
 
 def extensions() -> list[Extension]:
@@ -94,7 +100,7 @@ def extensions() -> list[Extension]:
         return without_extension("GAC_KERNELS_SKIP_EXT is set") or []
     if torch is None:
         return without_extension("the headers of torch >= 2.10 were not found in this environment") or []
-    sanitize = [*SANITIZERS, "-fno-omit-frame-pointer", "-g1"] if enabled("GAC_KERNELS_SANITIZE") else []
+    sanitize = [*SANITIZERS, "-O1", "-fno-omit-frame-pointer", "-g1"] if enabled("GAC_KERNELS_SANITIZE") else []
     return [
         Extension(
             "gac_kernels._C",

@@ -1,6 +1,10 @@
 // The token-level loss for AVX-512 (F, BW, DQ, VL). Compiled with flags of its own (setup.py); entered only where the CPU has them.
 #if defined(__x86_64__)
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside GCC 12's own AVX-512 header (GCC PR 105593)
+#endif
+
 #define GAC_NAMESPACE gac::avx512
 #include "vec_avx512.h"
 
