@@ -16,7 +16,7 @@ def train(config: TrainConfig, resume: bool = False, *, progress: bool = True) -
 
     Written to ``config.output``: ``config.json``, ``metrics.jsonl``, TensorBoard events, ``checkpoints/``,
     ``summary.json``, ``report.html`` and ``model/``, which ``TrainConfig(model=...)`` and ``AutoModelForCausalLM``
-    load.
+    load. (The tiny model's tokenizer is for ``PreTrainedTokenizerFast``: AutoTokenizer takes Qwen2's own instead.)
 
     Args:
         config: the run.

@@ -91,12 +91,13 @@ class Collector:
         if not examples:
             return []
         config = self.config
-        asked = [(group, e) for group, e in enumerate(examples) for _ in range(config.group_size)]
-        prompts = [self.codec.prompt(e.prompt) for _, e in asked]
-        responses = generate(model, self.codec, prompts, Sampling(config.max_new_tokens, config.temperature))
+        asked = [(group, self.codec.prompt(example.prompt)) for group, example in enumerate(examples)]
+        asked = [row for row in asked for _ in range(config.group_size)]
+        sampling = Sampling(config.max_new_tokens, config.temperature)
+        responses = generate(model, self.codec, [prompt for _, prompt in asked], sampling)
         return [
-            Answered(group, prompt, ids, self.task.reward(example, self.codec.text(ids)))
-            for (group, example), prompt, ids in zip(asked, prompts, responses, strict=True)
+            Answered(group, prompt, ids, self.task.reward(examples[group], self.codec.text(ids)))
+            for (group, prompt), ids in zip(asked, responses, strict=True)
         ]
 
     def _assemble(self, answered: Sequence[Answered], demonstrations: Sequence[tuple[int, Example]]) -> RolloutBatch:

@@ -18,6 +18,8 @@ DTYPES = ("float32", "bfloat16", "float64")
 # What a resumed run may change: none of these touches a weight. Everything else must be as it was.
 RESUME_FREE = ("output", "eval_every", "checkpoint_every", "checkpoint_keep", "device")
 
+# Where a setting is left None: for the tiny model, for a local one.
+_BY_MODEL = {"warmup_sft_steps": (300, 0), "warmup_sft_lr": (2e-3, 1e-5), "learning_rate": (5e-4, 1e-6)}
 _AT_LEAST = {
     "digits": 2, "tiny_hidden": 8, "tiny_layers": 1, "warmup_sft_steps": 0, "warmup_sft_batch": 1, "steps": 0,
     "prompts_per_step": 0, "group_size": 1, "demonstrations_per_step": 0, "micro_batches": 1, "updates_per_rollout": 1,
@@ -49,7 +51,8 @@ class TrainConfig:
         mixing_horizon: steps over which a schedule runs its course; None: ``min(steps, 1000)``.
         hpt_gamma: ``hpt`` keeps a prompt on RL while its pass rate is above this.
         warmup_sft_steps, warmup_sft_batch, warmup_sft_lr: supervised steps before the run proper (plain NLL), their
-            demonstrations a step and their peak learning rate; a model without any reward cannot start otherwise.
+            demonstrations a step and their learning rate; a model without any reward cannot start otherwise. None:
+            300 steps at 2e-3 for the tiny model; none (or at 1e-5) for a local one.
         steps: optimizer steps of the run proper.
         prompts_per_step, group_size: prompts of a rollout batch and completions a prompt. ``prompts_per_step=0``
             trains on demonstrations alone (needs ``controller="fixed", mu=1.0``).
@@ -57,9 +60,9 @@ class TrainConfig:
         micro_batches: passes whose gradients add up to one step; each holds whole groups.
         updates_per_rollout: optimizer steps on one rollout batch; above 1, importance ratios leave 1.
         advantage_baseline, advantage_scale: see :func:`gac_kernels.group_advantages`.
-        learning_rate, lr_warmup, lr_final: AdamW's rate rises over ``lr_warmup`` steps to its peak and falls by half a
-            cosine to ``lr_final`` times the peak, in the warm start (peak ``warmup_sft_lr``) and again in the run
-            proper.
+        learning_rate, lr_warmup, lr_final: AdamW's rate rises over ``lr_warmup`` steps to its peak (None: 5e-4 for the
+            tiny model, 1e-6 for a local one) and falls by half a cosine to ``lr_final`` times the peak. The warm start
+            rises to ``warmup_sft_lr`` and stays there.
         weight_decay, clip_norm: of AdamW, and the bound on the gradient's norm.
         max_new_tokens: length limit of a completion; every demonstration must fit in it.
         temperature: of the rollouts and of their log-probs. Demonstrations are scored at 1.
@@ -74,7 +77,7 @@ class TrainConfig:
     output: Path
     model: str = "tiny"
     task: str = "arithmetic"
-    digits: int = 3
+    digits: int = 2
     demonstration_pool: int | None = None
     tiny_hidden: int = 128
     tiny_layers: int = 2
@@ -84,18 +87,18 @@ class TrainConfig:
     controller_config: ControllerConfig | None = None
     mixing_horizon: int | None = None
     hpt_gamma: float = 0.0
-    warmup_sft_steps: int = 0
-    warmup_sft_batch: int = 64
-    warmup_sft_lr: float = 2e-3
-    steps: int = 200
-    prompts_per_step: int = 8
-    group_size: int = 8
+    warmup_sft_steps: int = None  # type: ignore[assignment]  # never None once built, see _BY_MODEL
+    warmup_sft_batch: int = 32
+    warmup_sft_lr: float = None  # type: ignore[assignment]
+    steps: int = 150
+    prompts_per_step: int = 32
+    group_size: int = 4
     demonstrations_per_step: int = 16
     micro_batches: int = 1
     updates_per_rollout: int = 1
     advantage_baseline: str = "mean"
     advantage_scale: str = "group"
-    learning_rate: float = 1e-3
+    learning_rate: float = None  # type: ignore[assignment]
     lr_warmup: int = 10
     lr_final: float = 0.1
     weight_decay: float = 0.0
@@ -114,6 +117,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        for name, (tiny, local) in _BY_MODEL.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, tiny if self.model == "tiny" else local)
         self._check_numbers()
         self._check_choices()
         self._check_sources()
@@ -164,12 +170,12 @@ class TrainConfig:
             raise ValueError(f"resume needs the settings of the run it continues; these differ: {'; '.join(differing)}")
 
     def _check_numbers(self) -> None:
-        for name, low in _AT_LEAST.items():
+        for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < low:
-                raise ValueError(f"{name} must be >= {low}, got {value}")
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
         for name in ("mixing_horizon", "demonstration_pool"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

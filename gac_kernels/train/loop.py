@@ -139,7 +139,7 @@ class Trainer:
         self._batch = None if batch is None else RolloutBatch(**{k: v.to(device) for k, v in batch.items()})
         self._batch_uses, self._batch_metrics = state["batch_uses"], dict(state["batch_metrics"])
         if reference := _with_prefix(tensors, "reference."):
-            self._freeze_reference()
+            self.reference = self._frozen_copy()
             self.reference.load_state_dict(reference)
 
     # one step ---------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class Trainer:
         """A fresh optimizer, as if the warm start had been a run of its own, and the reference model."""
         self.optimizer = self._new_optimizer()
         if self.config.reference:
-            self._freeze_reference()
+            self.reference = self._frozen_copy()
 
     def _update(
         self, batch: RolloutBatch, objective: HybridObjective, mu: Tensor, scale: Tensor
@@ -185,10 +185,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for rows in batch.micro_batches():
             tokens = rows.token_batch()
-            stats = token_statistics(self.model, rows, self.config.temperature)
-            result = hybrid_loss(
-                stats.logprobs, tokens, objective, mu, entropy=stats.entropy, sum_sq=stats.sum_sq, denominators=counts
-            )
+            logprobs, entropy, sum_sq = token_statistics(self.model, rows, self.config.temperature)
+            result = hybrid_loss(logprobs, tokens, objective, mu, entropy=entropy, sum_sq=sum_sq, denominators=counts)
             (scale * result.loss).backward()
             parts.append((result, rows.count("token-mean", expert=False)))
             if not warming:
@@ -209,27 +207,26 @@ class Trainer:
         return logged, controller_seconds
 
     def _learning_rate(self) -> float:
-        """Linear rise over ``lr_warmup`` steps, then half a cosine down to ``lr_final`` of the peak, in each phase."""
-        config = self.config
+        config, step = self.config, self.steps_done
         if self.warming_up:
-            peak, step, steps = config.warmup_sft_lr, self.steps_done, config.warmup_sft_steps
-        else:
-            peak, step, steps = config.learning_rate, self.steps_done - config.warmup_sft_steps, config.steps
+            return config.warmup_sft_lr * min(1.0, (step + 1) / (config.lr_warmup + 1))
+        step -= config.warmup_sft_steps
         rise = min(1.0, (step + 1) / (config.lr_warmup + 1))
-        passed = max(0.0, (step - config.lr_warmup) / max(1, steps - config.lr_warmup))
-        return peak * rise * (config.lr_final + (1.0 - config.lr_final) * 0.5 * (1.0 + math.cos(math.pi * passed)))
+        passed = max(0.0, (step - config.lr_warmup) / max(1, config.steps - config.lr_warmup))
+        fall = config.lr_final + (1.0 - config.lr_final) * 0.5 * (1.0 + math.cos(math.pi * passed))
+        return config.learning_rate * rise * fall
 
     def _logprobs(self, model: PreTrainedModel, batch: RolloutBatch) -> Tensor:
         """``(S, T)`` by the micro-batches of training, so that no rounding differs from theirs."""
         with torch.no_grad():
-            parts = [token_statistics(model, rows, self.config.temperature).logprobs for rows in batch.micro_batches()]
+            parts = [token_statistics(model, rows, self.config.temperature)[0] for rows in batch.micro_batches()]
         return torch.cat(parts)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         return torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=self.config.weight_decay)
 
-    def _freeze_reference(self) -> None:
-        self.reference = copy.deepcopy(self.model).requires_grad_(False)
+    def _frozen_copy(self) -> PreTrainedModel:
+        return copy.deepcopy(self.model).requires_grad_(False)
 
     # randomness -------------------------------------------------------------------------------------------------------
 

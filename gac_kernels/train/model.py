@@ -19,6 +19,7 @@ def build_model(config: TrainConfig, task: Task) -> tuple[PreTrainedModel, PreTr
     importance ratio would not be 1 on-policy.
     """
     dtype = getattr(torch, config.dtype)
+    tokenizer: PreTrainedTokenizerBase
     if config.model == "tiny":
         tokenizer = character_tokenizer(task.texts())
         model = tiny_model(config, tokenizer).to(dtype)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..advantages import group_advantages
 from ..objectives import LogitTransform
 from ..ops import token_logprobs
-from ..types import TokenBatch, TokenLogprobs
+from ..types import TokenBatch
 from .tasks import Example
 
 
@@ -40,8 +40,8 @@ class Codec:
         """Ids of a demonstration, closed by eos."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
 
-    def text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def generate(model: PreTrainedModel, codec: Codec, prompts: Sequence[list[int]],
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with torch.no_grad():
-            sequences = model.generate(
+            sequences = model.generate(  # type: ignore[operator]  # PreTrainedModel is not typed as one that generates
                 input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )
     finally:
@@ -139,8 +139,8 @@ class RolloutBatch:
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
 
-def token_statistics(model: PreTrainedModel, rows: RolloutBatch, temperature: float) -> TokenLogprobs:
-    """Log-prob, entropy and sum of p^2 of every response token, ``(S, T)``.
+def token_statistics(model: PreTrainedModel, rows: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, entropy (nats) and sum of p^2 of every response token, each ``(S, T)``; 0 outside ``response_mask``.
 
     The one forward pass of training: old and reference log-probs come from here too, so that on-policy ratios are
     exactly 1. Rollouts are scored at the temperature that sampled them, demonstrations at 1.
@@ -160,7 +160,9 @@ def token_statistics(model: PreTrainedModel, rows: RolloutBatch, temperature: fl
     else:
         sampled_at = torch.full(rows.is_expert.shape, temperature, dtype=torch.float64, device=rows.is_expert.device)
         transform = LogitTransform(sampled_at.masked_fill(rows.is_expert, 1.0))
-    return token_logprobs(output.logits[:, :-1], rows.targets, mask=rows.response_mask, transform=transform)
+    stats = token_logprobs(output.logits[:, :-1], rows.targets, mask=rows.response_mask, transform=transform)
+    assert stats.logprobs is not None and stats.entropy is not None and stats.sum_sq is not None
+    return stats.logprobs, stats.entropy, stats.sum_sq
 
 
 @dataclass(frozen=True)

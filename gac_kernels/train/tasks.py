@@ -126,9 +126,10 @@ class ArithmeticTask:
                 return a, b
 
     def _distinct(self, stream: str, size: int, *, held_out: bool) -> list[Example]:
-        rng, pairs = random.Random(f"{stream}/{self.seed}"), {}
+        rng = random.Random(f"{stream}/{self.seed}")
+        pairs: dict[tuple[int, int], None] = {}  # a set that keeps its order
         while len(pairs) < size:
-            pairs.setdefault(self._draw(rng, held_out=held_out))
+            pairs[self._draw(rng, held_out=held_out)] = None
         return [Example(f"{a}+{b}=", str(a + b), self.work(a, b)) for a, b in pairs]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,9 +35,23 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if it has no end-of-sequence token, without which no completion ever ends.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    tokenizer = _tokenizer_class(directory).from_pretrained(str(directory), local_files_only=True)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer in {directory} has no eos token; a completion could not end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_class(directory: Path) -> type[PreTrainedTokenizerFast] | type[AutoTokenizer]:
+    """PreTrainedTokenizerFast where the directory asks for it by name, else AutoTokenizer.
+
+    AutoTokenizer of transformers 5 overrules such a directory for some model types: beside a Qwen2 model, a tokenizer
+    of one's own is silently rebuilt as Qwen2's, with another splitting of the text and every space lost.
+    """
+    file = directory / "tokenizer_config.json"
+    if file.is_file() and (directory / "tokenizer.json").is_file():
+        named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class")
+        if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            return PreTrainedTokenizerFast
+    return AutoTokenizer

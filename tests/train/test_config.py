@@ -16,7 +16,7 @@ from gac_kernels.train.config import TrainConfig
         ({"steps": -1}, ValueError, "steps must be >= 0"),
         ({"steps": 2.0}, TypeError, "steps must be an int"),
         ({"steps": True}, TypeError, "steps must be an int"),
-        ({"steps": 0}, ValueError, "steps and warmup_sft_steps"),
+        ({"steps": 0, "warmup_sft_steps": 0}, ValueError, "steps and warmup_sft_steps"),
         ({"group_size": 0}, ValueError, "group_size must be >= 1"),
         ({"temperature": 0.0}, ValueError, "temperature must be finite and in"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate must be finite"),
@@ -48,14 +48,22 @@ def test_what_cannot_run_is_named(settings, error, says):
 
 
 def test_a_config_is_frozen_and_can_be_varied():
-    config = TrainConfig("unused")
+    config = TrainConfig("unused", warmup_sft_steps=0)
     with pytest.raises(FrozenInstanceError):
         config.steps = 3
     assert replace(config, steps=3).total_steps == 3
 
 
+def test_what_is_left_open_depends_on_the_model(tmp_path):
+    tiny, local = TrainConfig("unused"), TrainConfig("unused", model=str(tmp_path))
+    assert (tiny.warmup_sft_steps, tiny.warmup_sft_lr, tiny.learning_rate) == (300, 2e-3, 5e-4)
+    assert (local.warmup_sft_steps, local.warmup_sft_lr, local.learning_rate) == (0, 1e-5, 1e-6)
+    own = TrainConfig("unused", model=str(tmp_path), warmup_sft_steps=7, learning_rate=0.0)
+    assert (own.warmup_sft_steps, own.learning_rate) == (7, 0.0)
+
+
 def test_resume_accepts_what_touches_no_weight_and_names_what_does():
-    config = TrainConfig("a", steps=10)
+    config = TrainConfig("a", steps=10, learning_rate=0.001)
     saved = config.to_dict()
     replace(config, output="b", eval_every=3, checkpoint_every=7, checkpoint_keep=5).check_resumable(saved)
     with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.1; temperature: 1.0 -> 2.0"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import small
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import gac_kernels as gk
 from gac_kernels.train import train
@@ -223,8 +223,11 @@ def test_a_run_leaves_what_it_promises_and_its_model_starts_another(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(config.output / "model", local_files_only=True)
     saved = load_checkpoint(config.output / "checkpoints")
     assert same(model.state_dict(), {k.removeprefix("policy."): v for k, v in saved.tensors.items()})
-    tokenizer = AutoTokenizer.from_pretrained(config.output / "model", local_files_only=True)
-    assert tokenizer.decode(tokenizer("12+34=")["input_ids"]) == "12+34="
+    demonstration = Trainer(config).collector.task.demonstration(0).demonstration
+    own, loaded = (
+        Trainer(c).tokenizer(demonstration)["input_ids"] for c in (config, small(model=str(config.output / "model")))
+    )
+    assert own == loaded and len(own) == len(demonstration)
 
     again = train(small(tmp_path / "b", model=str(config.output / "model"), steps=1), progress=False)
     assert again.accuracy_before == result.accuracy_after

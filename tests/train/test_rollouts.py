@@ -73,7 +73,7 @@ def test_micro_batches_hold_whole_groups_and_their_counts_add_up(policy):
 def test_log_probs_are_those_of_each_row_alone_at_its_own_temperature(policy, temperature):
     model, codec = policy
     _, _, batch = rows(codec)
-    stats = token_statistics(model, batch, temperature)
+    logprobs, entropy, sum_sq = token_statistics(model, batch, temperature)
     width = batch.prompt_mask.shape[1]
     for i in range(len(batch.is_expert)):
         prompt = batch.input_ids[i, :width][batch.prompt_mask[i]]
@@ -82,12 +82,10 @@ def test_log_probs_are_those_of_each_row_alone_at_its_own_temperature(policy, te
             logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
         logps = (logits / (1.0 if batch.is_expert[i] else temperature)).log_softmax(-1)
         n = len(response)
-        torch.testing.assert_close(
-            stats.logprobs[i, :n], logps.gather(-1, response[:, None])[:, 0], rtol=1e-9, atol=1e-9
-        )
-        torch.testing.assert_close(stats.entropy[i, :n], -(logps.exp() * logps).sum(-1), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(stats.sum_sq[i, :n], logps.exp().square().sum(-1), rtol=1e-9, atol=1e-9)
-        assert stats.logprobs[i, n:].eq(0).all()
+        torch.testing.assert_close(logprobs[i, :n], logps.gather(-1, response[:, None])[:, 0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(entropy[i, :n], -(logps.exp() * logps).sum(-1), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(sum_sq[i, :n], logps.exp().square().sum(-1), rtol=1e-9, atol=1e-9)
+        assert logprobs[i, n:].eq(0).all()
 
 
 def test_greedy_completions_are_the_models_argmax_whatever_stands_beside(policy):

@@ -121,7 +121,7 @@ def test_a_file_that_cannot_serve_says_why(tmp_path, lines):
     bare = _jsonl(tmp_path / "bare.jsonl", [{"prompt": "p", "answer": str(i)} for i in range(9)])
     with pytest.raises(ValueError, match="no line with a demonstration"):
         build_task(TrainConfig(tmp_path / "o", task=str(bare), eval_size=2))
-    rollouts_only = {"demonstrations_per_step": 0, "controller": "fixed", "mu": 0.0}
+    rollouts_only = {"warmup_sft_steps": 0, "demonstrations_per_step": 0, "controller": "fixed", "mu": 0.0}
     assert build_task(TrainConfig(tmp_path / "o", task=str(bare), eval_size=2, **rollouts_only)).demonstrations == 0
 
 
