@@ -19,6 +19,7 @@ $(STAMP): $(BIN)/python $(SOURCES)
 	@touch $@
 
 demo: $(STAMP)
+	rm -rf runs/demo
 	$(BIN)/python -m gac_kernels.train.demo --output runs/demo $(DEMO_ARGS)
 
 test: $(STAMP)

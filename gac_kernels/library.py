@@ -37,10 +37,11 @@ SCALARS = ("policy_loss", "supervised_loss", "kl", "entropy", *reference.METRICS
 POLICY_CODES = {**{gate: i for i, gate in enumerate(GATES)}, "grpo": 4, "cispo": 5, "gspo": 6, "dfpo": 7}
 DFPO_TRANSFORMS, DFPO_RATIOS = ("min_replace", "adv_orthogonal"), ("geometric_mean", "product")
 
-# One pass over ready log-probs. Token tensors are flat (N,), contiguous, in the dtype of logprobs (float32 or float64).
+# One pass over ready log-probs. Token tensors hold N elements in any shape, contiguous, in the dtype of logprobs
+# (float32 or float64); the results that are one a token are shaped as logprobs.
 # Sequence s owns [cu_seqlens[s], cu_seqlens[s + 1]), or [s seq_len, (s + 1) seq_len) where cu_seqlens is None.
-# Returns loss (), scalars (10,) as in SCALARS, rows (S, 12) as signals.SIGNAL_COLUMNS, logprobs (N,) with 0 where
-# masked, slope (N,) = d loss / d logprobs, entropy_slope = d loss / d entropy: (N,) if entropy is given, else (0,).
+# Returns loss (), scalars (10,) as in SCALARS, rows (S, 12) as signals.SIGNAL_COLUMNS, logprobs with 0 where masked,
+# slope = d loss / d logprobs, entropy_slope = d loss / d entropy, or (0,) where no entropy is given.
 _TOKEN_LOSS = """(
     Tensor logprobs, Tensor mask, Tensor? cu_seqlens, int seq_len, Tensor is_expert,
     Tensor? advantages, bool token_advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_weights,
@@ -69,7 +70,7 @@ def encode(objective: HybridObjective, norm_length: float | None) -> tuple[Any, 
         codes = DFPO_TRANSFORMS.index(p.transform), DFPO_RATIOS.index(p.ratio)
         policy, parameters = POLICY_CODES["dfpo"], (float(codes[0]), float(codes[1]), 0.0)
     return (
-        policy, *(float(value) for value in parameters), objective.supervised == NLL("phi"),
+        policy, *(float(value) for value in parameters), isinstance(objective.supervised, NLL) and objective.supervised.weight == "phi",
         float(objective.kl_coef), KL_ESTIMATORS.index(objective.kl_estimator) + 1, objective.kl_ratio_weighted,
         float(objective.entropy_coef), AGGREGATIONS.index(objective.aggregation),
         AGGREGATIONS.index(objective.supervised_aggregation), float(norm_length or 1.0),
@@ -118,9 +119,7 @@ def _reference_token_loss(
         ref_logprobs=shaped(ref_logprobs), rollout_weights=shaped(rollout_weights), groups=groups,
     )  # fmt: skip
     denominators = Denominators(policy_denominator, supervised_denominator)
-    return eager_token_loss(
-        logprobs.view(shape), batch, decode(*static), mu, shaped(entropy), shaped(sum_sq), denominators
-    )
+    return eager_token_loss(logprobs, batch, decode(*static), mu, entropy, sum_sq, denominators)
 
 
 def eager_token_loss(
@@ -134,9 +133,9 @@ def eager_token_loss(
     parts = (out.policy_loss, out.supervised_loss, out.kl, out.entropy)
     absent = out.loss.new_zeros(())
     scalars = torch.stack([*parts, *(out.metrics.get(name, absent) for name in reference.METRICS)])
-    if entropy is None:
-        entropy_slope = slope.new_empty(0)
-    return out.loss, scalars, out.signals.rows, out.logprobs.reshape(-1).clone(), slope, entropy_slope
+    shape = logprobs.shape
+    entropy_slope = slope.new_empty(0) if entropy is None else entropy_slope.view(shape)
+    return out.loss, scalars, out.signals.rows, out.logprobs.view(shape).clone(), slope.view(shape), entropy_slope
 
 
 def _fake_token_loss(

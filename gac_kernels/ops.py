@@ -41,7 +41,8 @@ class _TokenLoss(torch.autograd.Function):
     """The token-level loss. Its slope comes out of the forward pass, so that backward is one multiplication."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        # `args` is one tuple: autograd looks at each argument of its own, and none of these has a gradient.
         if isinstance(args[0], TokenBatch):  # a gate in Python: eager, on every device
             outputs = library.eager_token_loss(logprobs, args[0], args[1], args[2], entropy, *args[3:])
         else:
@@ -55,12 +56,11 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         slope, entropy_slope, logprobs, entropy = ctx.saved_tensors
-        none = (None,) * (len(ctx.needs_input_grad) - 2)
         if grad is None:
-            return None, None, *none
+            return None, None, None
         to_logprobs = _chain(slope, grad, logprobs) if ctx.needs_input_grad[0] else None
         to_entropy = _chain(entropy_slope, grad, entropy) if ctx.needs_input_grad[1] else None
-        return to_logprobs, to_entropy, *none
+        return to_logprobs, to_entropy, None
 
 
 def _check_tokens(name: str, value: Tensor | None, batch: TokenBatch) -> None:
@@ -78,6 +78,8 @@ def _check_tokens(name: str, value: Tensor | None, batch: TokenBatch) -> None:
 def _scalar(name: str, value: float | Tensor, like: Tensor, high: float = math.inf) -> Tensor:
     """A 0-d detached tensor on the device. A tensor's value is not read; a number is checked."""
     if isinstance(value, Tensor):
+        if value.ndim == 0 and value.dtype is like.dtype and value.device == like.device and not value.requires_grad:
+            return value  # as it is, which is the rule
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         if value.device != like.device:
@@ -111,17 +113,26 @@ def _check_objective(objective: HybridObjective, batch: TokenBatch) -> None:
         raise ValueError(f"batch.ref_logprobs must be given: objective.kl_coef is {objective.kl_coef:g}")
 
 
-def _token_args(batch: TokenBatch, dtype: torch.dtype, sum_sq: Tensor | None) -> tuple[Any, ...]:
-    """The batch as the operator takes it: flat, contiguous, in one dtype. Copies only what is not so already."""
+def _plain(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value`` as the operator takes it: contiguous and in ``dtype``. What is so already is handed on untouched, for a
+    call of the dispatcher costs as much as some ten thousand tokens."""
+    if value.dtype is not dtype:
+        value = value.to(dtype)
+    return value if value.is_contiguous() else value.contiguous()
 
-    def flat(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach().reshape(-1).to(dtype).contiguous()
+
+def _token_args(batch: TokenBatch, dtype: torch.dtype, sum_sq: Tensor | None) -> tuple[Any, ...]:
+    """The tensors of the batch as the operator takes them."""
+
+    def plain(value: Tensor | None) -> Tensor | None:
+        return None if value is None else _plain(value, dtype)
 
     per_token = batch.advantages is not None and batch.advantages.shape != batch.is_expert.shape
     return (
-        batch.mask.reshape(-1), batch.cu_seqlens, batch.max_length or 0, batch.is_expert,
-        flat(batch.advantages), per_token, flat(batch.old_logprobs), flat(batch.ref_logprobs),
-        flat(batch.rollout_weights), flat(sum_sq), batch.groups,
+        batch.mask if batch.mask.is_contiguous() else batch.mask.contiguous(),
+        batch.cu_seqlens, batch.max_length or 0, batch.is_expert,
+        plain(batch.advantages), per_token, plain(batch.old_logprobs), plain(batch.ref_logprobs),
+        plain(batch.rollout_weights), plain(None if sum_sq is None else sum_sq.detach()), batch.groups,
     )  # fmt: skip
 
 
@@ -177,10 +188,9 @@ def hybrid_loss(
         raise ValueError(f"entropy must be given: objective.entropy_coef is {objective.entropy_coef:g}")
     norm_length = _norm_length(objective, batch)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    flat = logprobs.reshape(-1).to(dtype)
-    flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
-    mu = _scalar("mu", mu, flat, 1.0)
-    policy_count, supervised_count = _denominators(denominators, flat)
+    wide, wide_entropy = _plain(logprobs, dtype), None if entropy is None else _plain(entropy, dtype)
+    mu = _scalar("mu", mu, wide, 1.0)
+    policy_count, supervised_count = _denominators(denominators, wide)
     if _has_custom_gate(objective):
         if library.forced_backend() not in (None, "reference"):
             raise ValueError(
@@ -195,7 +205,7 @@ def hybrid_loss(
             supervised_count,
             *library.encode(objective, norm_length),
         )
-    loss, scalars, rows, logprobs_out = _TokenLoss.apply(flat, flat_entropy, *args)
+    loss, scalars, rows, logprobs_out = _TokenLoss.apply(wide, wide_entropy, args)
     values = dict(zip(library.SCALARS, scalars.unbind(), strict=True))
     return HybridLoss(
         loss=loss,
@@ -203,7 +213,7 @@ def hybrid_loss(
         supervised_loss=values["supervised_loss"],
         kl=values["kl"],
         entropy=values["entropy"],
-        logprobs=logprobs_out.view(batch.targets.shape),
+        logprobs=logprobs_out,
         token_entropy=None if entropy is None else torch.where(batch.mask, entropy.detach(), 0.0),
         signals=_signals(rows, objective, sum_sq is not None, norm_length),
         metrics={name: values[name] for name in _metric_names(objective)},

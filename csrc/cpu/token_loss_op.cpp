@@ -81,6 +81,20 @@ Tensor empty(std::initializer_list<int64_t> sizes) {
     return Tensor(handle);
 }
 
+// Shaped as `like`, which is contiguous and of the same dtype.
+Tensor empty_as(const Tensor& like) {
+    int64_t dims, *sizes, *strides;
+    int32_t dtype;
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(like.get(), &dims));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(like.get(), &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(like.get(), &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
 template <class T>
 T* output(const Tensor& tensor) {
     return static_cast<T*>(tensor.mutable_data_ptr());
@@ -229,7 +243,8 @@ Outputs token_loss_of(const Arguments& a) {
     STD_TORCH_CHECK(!dfpo || a.groups, "token_loss: groups must be given for DFPO");
 
     const Tensor loss = empty<T>({}), scalars = empty<T>({kScalars}), rows = empty<T>({S, kColumns});
-    const Tensor logprobs_out = empty<T>({N}), slope = empty<T>({N}), entropy_slope = empty<T>({a.entropy ? N : 0});
+    const Tensor logprobs_out = empty_as(a.logprobs), slope = empty_as(a.logprobs);
+    const Tensor entropy_slope = a.entropy ? empty_as(a.logprobs) : empty<T>({0});
     const std::vector<int64_t> bounds = sequence_bounds(offsets, S, a.seq_len, N);
 
     TokenLoss<T> p{};

@@ -24,8 +24,10 @@ INTERPRETED = not isinstance(token, triton.JITFunction)  # decided by TRITON_INT
 
 # Contraction of a * b + c is off: the formulas of math.py are made for that, and the default of this switch, with it
 # the machine code, differs between versions of Triton.
-LAUNCH = {"num_stages": 1, "enable_fp_fusion": False}
-LOOK_WARPS, TOKEN_WARPS = 4, 8
+LAUNCH = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+if torch.version.hip is None:
+    LAUNCH["maxnreg"] = 255  # left alone, ptxas spills some bytes of `token` to fit a third block on a multiprocessor
+THREADS = 32 * LAUNCH["num_warps"]
 CLIPPING = (codes.GRPO.value, codes.CISPO.value, codes.GSPO.value)
 
 
@@ -99,13 +101,13 @@ def token_loss(
             seen, looked, S, seq_len, N, p0, p1,
             POLICY=policy if coupled else 0, PRODUCT=dfpo and p1 == codes.PRODUCT.value,
             AGGREGATION=aggregation, SUPERVISED_AGGREGATION=supervised_aggregation, PER_TOKEN=token_advantages,
-            BLOCK=32 * LOOK_WARPS * (width if coupled else 16), num_warps=LOOK_WARPS, **LAUNCH,
+            BLOCK=THREADS * (width if coupled else 16), **LAUNCH,
         )  # fmt: skip
         if dfpo:
             weight, residual = torch.empty_like(looked.coupled), looked.coupled.new_empty((S, 2))
             transform[(S,)](
                 groups.contiguous(), batch.is_expert, looked, weight, residual, S,
-                ORTHOGONAL=p0 == codes.ADV_ORTHOGONAL.value, BLOCK=256, num_warps=4, **LAUNCH,
+                ORTHOGONAL=p0 == codes.ADV_ORTHOGONAL.value, BLOCK=256, **LAUNCH,
             )  # fmt: skip
             looked = looked._replace(coupled=weight)
         token[(S,)](
@@ -113,11 +115,11 @@ def token_loss(
             p0, p1, p2, kl_coef, entropy_coef, norm_length,
             POLICY=policy, PHI=phi, KL=kl_estimator, KL_RATIO=kl_ratio_weighted, AGGREGATION=aggregation,
             SUPERVISED_AGGREGATION=supervised_aggregation, PER_TOKEN=token_advantages,
-            BLOCK=32 * TOKEN_WARPS * width, num_warps=TOKEN_WARPS, **LAUNCH,
+            BLOCK=THREADS * width, **LAUNCH,
         )  # fmt: skip
         finish[(1,)](
             batch.is_expert, looked.count, residual, out.part, mu, loss, scalars, S, kl_coef, entropy_coef,
-            CLIPS=policy in CLIPPING, BLOCK=256, num_warps=4, **LAUNCH,
+            CLIPS=policy in CLIPPING, BLOCK=256, **LAUNCH,
         )  # fmt: skip
     return results
 

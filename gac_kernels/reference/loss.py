@@ -107,7 +107,9 @@ def _summed(
         kl=kl.detach(),
         entropy=ent.detach(),
         logprobs=logp_N.detach().view(batch.targets.shape),
-        token_entropy=None if entropy is None else torch.where(batch.mask, entropy.detach(), 0.0),
+        token_entropy=None
+        if entropy is None
+        else torch.where(batch.mask, entropy.detach().reshape(batch.mask.shape), 0.0),
         signals=_signals(t, objective, sum_sq),
         metrics=_metrics(t),
     )
