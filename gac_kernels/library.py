@@ -69,8 +69,9 @@ def encode(objective: HybridObjective, norm_length: float | None) -> tuple[Any, 
     else:
         codes = DFPO_TRANSFORMS.index(p.transform), DFPO_RATIOS.index(p.ratio)
         policy, parameters = POLICY_CODES["dfpo"], (float(codes[0]), float(codes[1]), 0.0)
+    phi = isinstance(objective.supervised, NLL) and objective.supervised.weight == "phi"
     return (
-        policy, *(float(value) for value in parameters), isinstance(objective.supervised, NLL) and objective.supervised.weight == "phi",
+        policy, *(float(value) for value in parameters), phi,
         float(objective.kl_coef), KL_ESTIMATORS.index(objective.kl_estimator) + 1, objective.kl_ratio_weighted,
         float(objective.entropy_coef), AGGREGATIONS.index(objective.aggregation),
         AGGREGATIONS.index(objective.supervised_aggregation), float(norm_length or 1.0),
