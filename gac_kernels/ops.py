@@ -27,7 +27,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("gac_kernels losses have no second derivative: the forward pass computes their gradient")
+        raise RuntimeError("gac_kernels losses have no second derivative: the forward pass made the gradient")
 
 
 def _chain(slope: Tensor, grad: Tensor, anchor: Tensor) -> Tensor:
