@@ -2,7 +2,6 @@
 #include "token_loss_op.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
@@ -13,6 +12,7 @@
 
 #include "groups.h"
 #include "isa.h"
+#include "parallel.h"
 #include "token_loss.h"
 
 namespace gac {
@@ -126,13 +126,6 @@ struct Branch {
         return 1.0 / (length * denominator.value_or(own));
     }
 };
-
-template <class F>
-void parallel(int64_t sequences, int64_t tokens, const F& body) {
-    constexpr int64_t kTokensPerTask = 16384;  // a few microseconds: what a second thread is worth waking for
-    const int64_t grain = tokens <= kTokensPerTask ? sequences : std::max<int64_t>(1, sequences * kTokensPerTask / tokens);
-    torch::stable::parallel_for(0, sequences, std::max<int64_t>(grain, 1), body);
-}
 
 struct Totals {
     double scalars[kScalars] = {};
