@@ -31,7 +31,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 def _chain(slope: Tensor, grad: Tensor, anchor: Tensor) -> Tensor:
-    """``slope * grad`` inside a backward; the guard costs as much as the product and matters under create_graph only."""
+    """``slope * grad`` in a backward; the guard costs as much as the product and matters under create_graph only."""
     return _FirstOrderOnly.apply(slope, grad, anchor) if torch.is_grad_enabled() else slope * grad
 
 
