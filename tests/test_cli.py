@@ -206,7 +206,7 @@ def test_train_and_resume(tmp_path, capsys):
     args = [
         "train", "--output", tmp_path / "run", "--prompts-per-step", 1, "--group-size", 2,
         "--demonstrations-per-step", 1, "--eval-size", 4, "--digits", 2, "--max-new-tokens", 24,
-        "--tiny-hidden", 8, "--tiny-layers", 1, "--steps", 2, "--json",
+        "--tiny-hidden", 8, "--tiny-layers", 1, "--warmup-sft-steps", 1, "--steps", 2, "--json",
     ]  # fmt: skip
     assert main([str(arg) for arg in args]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

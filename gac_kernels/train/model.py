@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from .config import TrainConfig
 from .tasks import Task
@@ -25,7 +28,8 @@ def build_model(config: TrainConfig, task: Task) -> tuple[PreTrainedModel, PreTr
         model = tiny_model(config, tokenizer).to(dtype)
     else:
         tokenizer = load_tokenizer(Path(config.model))
-        model = AutoModelForCausalLM.from_pretrained(config.model, local_files_only=True, dtype=dtype)
+        with _no_bars():
+            model = AutoModelForCausalLM.from_pretrained(config.model, local_files_only=True, dtype=dtype)
     return model.to(config.device).eval(), tokenizer
 
 
@@ -46,6 +50,25 @@ def tiny_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Qwen2ForCausalLM(shape)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Save both so that ``TrainConfig(model=directory)`` goes on from them."""
+    with _no_bars():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """The run shows its own progress; transformers' bars would break its lines."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

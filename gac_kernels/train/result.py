@@ -15,7 +15,7 @@ class TrainResult:
         accuracy_before: held-out accuracy in [0, 1] where the run proper began, that is after its warm start.
         accuracy_after: held-out accuracy at the end.
         mu: the mixing weight that the last step leaves.
-        steps: optimizer steps taken, warm start included, in all sittings together.
+        steps: optimizer steps of the run proper, in all sittings together; the warm start is not counted.
         seconds: wall time of training and evaluation, in all sittings together.
         output: the run's directory.
     """

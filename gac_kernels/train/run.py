@@ -10,6 +10,7 @@ from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .loop import Trainer
 from .metrics import MetricsWriter
+from .model import save_model
 from .report import write_report
 from .result import TrainResult
 
@@ -25,8 +26,7 @@ def run(config: TrainConfig, *, resume: bool, progress: bool) -> TrainResult:
     with MetricsWriter(config.output, resume_step=resume_step, total_steps=config.total_steps, show=progress) as writer:
         sitting.run(writer)
     trainer = sitting.trainer
-    for part in (trainer.model, trainer.tokenizer):
-        part.save_pretrained(config.output / "model")
+    save_model(trainer.model, trainer.tokenizer, config.output / "model")
     result = sitting.result()
     _write_json(config, "summary.json", result.to_dict())
     write_report(config.output)
@@ -87,7 +87,7 @@ class _Sitting:
             accuracy_before=self.before,
             accuracy_after=self.after,
             mu=float(self.trainer.mixing.mu),
-            steps=self.trainer.steps_done,
+            steps=self.trainer.steps_done - self.config.warmup_sft_steps,
             seconds=self.seconds,
             output=self.config.output,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
+import torch
 
 import gac_kernels as gk
 from gac_kernels.train.config import TrainConfig
@@ -70,3 +71,13 @@ def test_resume_accepts_what_touches_no_weight_and_names_what_does():
         replace(config, learning_rate=0.1, temperature=2.0).check_resumable(saved)
     with pytest.raises(ValueError, match="objective"):
         replace(config, objective=gk.HybridObjective(gk.GRPO())).check_resumable(saved)
+
+
+def test_a_custom_gate_does_not_stand_in_the_way_of_resuming():
+    """Its functions print with their address; a second sitting builds them anew."""
+
+    def config():
+        gate = gk.Gate("mine", lambda u, tau: 1 + torch.atan(tau * u) / tau, lambda u, tau: 1 / (1 + (tau * u) ** 2))
+        return TrainConfig("a", objective=gk.HybridObjective(gk.SAPO(gate)))
+
+    config().check_resumable(config().to_dict())

@@ -209,7 +209,7 @@ def test_a_demonstration_that_no_completion_could_reach_is_refused():
 def test_a_run_leaves_what_it_promises_and_its_model_starts_another(tmp_path):
     config = small(tmp_path / "a", warmup_sft_steps=2, steps=3, eval_every=2, checkpoint_every=2)
     result = train(config, progress=False)
-    assert (result.steps, result.output) == (5, config.output) and 0.05 <= result.mu <= 0.9
+    assert (result.steps, result.output) == (config.steps, config.output) and 0.05 <= result.mu <= 0.9
     log = read_metrics(config.output / "metrics.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5]
     evaluated = {line["step"]: line["eval/accuracy"] for line in log if "eval/accuracy" in line}
