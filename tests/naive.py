@@ -216,6 +216,7 @@ def coupled_terms(policy, sequences, expert, groups, terms, seen) -> float | Non
     for g in {int(groups[i]) for i in members}:
         forces = [advantage[i] * new[i] for i in members if int(groups[i]) == g]
         before = sum(abs(advantage[i] * weights[i]) for i in members if int(groups[i]) == g)
-        if sum(map(abs, forces)) > 1e-13 * before:  # less is rounding: a group of one has nothing left
+        rounding = 1e-13 * before if policy.transform == "adv_orthogonal" else 0.0  # of a difference
+        if sum(map(abs, forces)) > rounding:  # less is nothing: a group of one has nothing left
             residuals.append(abs(sum(forces)) / sum(map(abs, forces)))
     return sum(residuals) / len(residuals) if residuals else 0.0

@@ -145,7 +145,8 @@ def transform(groups, is_expert, looked, weight, residual, S: tl.int64, ORTHOGON
     tl.store(weight + s, tl.where(rollout, own, 0.0))
     gross_sum = tl.sum(gross)
     # What is left of a group whose ratios lie along its advantages (a group of one) is rounding, not a direction.
-    counted = rollout & (gross_sum > 1e-12 * tl.sum(before))
+    rounding = 1e-12 * tl.sum(before) if ORTHOGONAL else 0.0
+    counted = rollout & (gross_sum > rounding)
     share = tl.where(counted, 1.0 / tl.maximum(tl.sum(count), 1).to(tl.float64), 0.0)
     left = tl.abs(tl.sum(net)) / tl.where(counted, gross_sum, 1.0)
     tl.store(residual + 2 * s, tl.where(counted, share * left, 0.0))
