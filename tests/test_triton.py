@@ -144,6 +144,12 @@ def test_live_nan_is_loud(where):
         assert out.loss.isnan() == (where != "sum_sq")
 
 
+def test_a_penalty_that_is_off_reaches_no_slope():
+    case = Case((4, 4), (False, True), seed=19, holes=False)
+    case.ref[0, 1] = float("nan")
+    assert check(case, gk.HybridObjective(kl_coef=0.0)).signals.rows.isfinite().all()
+
+
 def test_rollouts_without_advantages_are_not_zero():
     loss, *_ = operator("token_loss_triton", Case((4,), (False,), seed=12), gk.HybridObjective(), advantages=None)
     assert loss.isnan()

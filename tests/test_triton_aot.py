@@ -27,11 +27,11 @@ SOME = [
     {"policy": "DFPO()", "arch": 90, "dtype": "float32", "packed": True},
 ]
 POLICIES = (*(case["policy"] for case in SOME), "DFPO('adv_orthogonal', 'product')")
-INPUTS = ({"packed": False}, {"packed": True, "token_advantages": True}, {"packed": False, "full": False})
-ALL = [
-    {"policy": policy, "arch": arch, "dtype": dtype, **inputs}
-    for policy, arch, dtype, inputs in product(POLICIES, (80, 90, 100), ("float32", "float64"), INPUTS)
-]
+TARGETS = (
+    {"arch": 80}, {"arch": 100}, {"arch": 90}, {"arch": 90, "packed": True, "token_advantages": True},
+    {"arch": 90, "full": False},
+)  # fmt: skip
+ALL = [{"policy": p, "dtype": d, **target} for p, d, target in product(POLICIES, ("float32", "float64"), TARGETS)]
 AMD = [{"policy": policy, "arch": "gfx942", "dtype": d} for policy in POLICIES for d in ("float32", "float64")]
 VARIANTS, AMD = (ALL, AMD) if FULL else (SOME, [])
 # Numbers that change from step to step, from the first of each list on. 1, 16 and 2^31 are what triton specialises on.
@@ -51,9 +51,9 @@ def kernels() -> list[list[dict]]:
     """What tests/triton_aot.py says about every case, in one process of its own: see there."""
     cases = [*VARIANTS, *chain(*REPEATED), *AMD]
     script = Path(__file__).with_name("triton_aot.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": str(script.parents[1])
-    }
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Contraction is on where the launcher says nothing: the default until Triton 3.10.
+    environment |= {"PYTHONPATH": str(script.parents[1]), "TRITON_DEFAULT_FP_FUSION": "1"}
     run = subprocess.run([sys.executable, script, json.dumps(cases)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
@@ -109,11 +109,11 @@ def test_the_counter_counts(kernels):
     assert one["token"] != other["token"]
 
 
-@pytest.mark.parametrize("case", AMD, ids=name)
+@pytest.mark.skipif(not FULL, reason="compiled with GAC_TEST_AOT=full")
+@pytest.mark.parametrize("case", AMD or [{}], ids=name)
 def test_amd(kernels, case):
-    """Compiled for the other vendor too, without spills or scratch memory."""
+    """Compiled for the other vendor too: no vector register spilled, no scratch memory."""
     for kernel in kernels[len(kernels) - len(AMD) + AMD.index(case)]:
-        spilled = re.findall(
-            r"\.(?:vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s+(\d+)", kernel.get("text", "")
-        )
-        assert not any(map(int, spilled)) and (spilled or "text" not in kernel)
+        if "text" in kernel:
+            used = dict(re.findall(r"\.(vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", kernel["text"]))
+            assert used == {"vgpr_spill_count": "0", "private_segment_fixed_size": "0"}, kernel["kernel"]

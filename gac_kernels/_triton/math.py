@@ -1,8 +1,8 @@
 """Elementary functions that are the same on every target, to about one unit in the last place.
 
 ``tl.exp`` is a hardware approximation in float32 (tens of ulp at exp(20)) and arctan has no name that all targets
-know, so both are polynomials here. They use +, - and * alone, and the launcher switches contraction off: what the
-interpreter computes in a test is what a GPU computes, bit for bit. Float64 takes the library's exp.
+know, so both are polynomials here. They use correctly rounded operations alone, and the launcher switches contraction
+off, so that the interpreter in a test and a GPU go through the same steps. Float64 takes the library's exp.
 """
 
 import triton

@@ -18,6 +18,13 @@ def add(total, x):
 
 
 @triton.jit
+def maximum(largest, x):
+    """As :func:`add`, but the larger of both, in the dtype of ``x``. nan is passed over."""
+    lanes: tl.constexpr = largest.shape[0]
+    return tl.maximum(largest, tl.max(tl.reshape(x, [lanes, x.shape[0] // lanes]), axis=1))
+
+
+@triton.jit
 def total8(a, b, c, d, e, f, g, h):
     """The sums of eight vectors as a vector of eight, in one reduction: eight would take eight times its barriers."""
     even = tl.join(tl.join(a, e), tl.join(c, g))

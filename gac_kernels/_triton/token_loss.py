@@ -80,7 +80,7 @@ def token_loss(
         TypeError: for a dtype other than float32 and float64.
     """
     _check(logprobs)
-    S, N, width = is_expert.shape[0], logprobs.shape[0], 16 // logprobs.element_size()
+    S, N, width = is_expert.shape[0], logprobs.numel(), 16 // logprobs.element_size()
     tensors = (
         mask, cu_seqlens, is_expert, logprobs, old_logprobs, advantages, rollout_weights, ref_logprobs, entropy, sum_sq
     )  # fmt: skip

@@ -10,7 +10,7 @@ from .codes import GSPO, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM_NORM
 from .first_look import LOOKERS, advantage_of
 from .math import exp_expm1
 from .memory import clear, read, span, write
-from .sums import accumulator, add, total8
+from .sums import accumulator, add, maximum, total8
 from .terms import kl_term, log_ratio, policy_term, supervised_term
 
 
@@ -57,25 +57,28 @@ def token(
     penalty = tl.full((), kl_coef, tl.float64).to(dtype)
     entropy_weight = (-(share * weight) * entropy_coef).to(dtype)
     if POLICY >= GSPO:
-        sequence_ratio = tl.full([BLOCK], tl.load(looked.ratio + s), dtype)
-        coupled = tl.load(looked.coupled + s).to(dtype)
+        shown = tl.load(looked.ratio + s)
+        sequence_ratio, coupled = tl.full([BLOCK], shown, dtype), tl.load(looked.coupled + s).to(dtype)
     else:
         sequence_ratio, coupled = 1.0, 0.0
 
     zero = accumulator(BLOCK, dtype)
     nll, advs, diffs, cs1, cr1, cs2, cr2, cscr = zero, zero, zero, zero, zero, zero, zero, zero
     own_n, diff_n, losses, kls, entropies, ratios, divergences, updates = zero, zero, zero, zero, zero, zero, zero, zero
-    largest = tl.zeros([BLOCK], dtype)
+    largest = tl.zeros(zero.shape, dtype)
     for i in range(0, length, BLOCK):
         # 1. Select before any arithmetic: what a dead place or the other branch holds must not leak, nan included.
         live = read(batch.mask, start, i, length, BLOCK) != 0
         policy = live & rollout
         logp = tl.where(live, read(batch.logprobs, start, i, length, BLOCK), 0.0)
         logp_r = tl.where(policy, logp, 0.0)
-        adv = advantage_of(batch, s, start, i, policy_length, PER_TOKEN, BLOCK)
-        adv = tl.where(policy, adv, 0.0)
+        adv = tl.where(policy, advantage_of(batch, s, start, i, policy_length, PER_TOKEN, BLOCK), 0.0)
 
-        # 2. The policy term and its KL penalty.
+        # 2. The supervised term, whose slope the signals want on rollouts too.
+        expert_loss, cs, p = supervised_term(logp, PHI)
+        cs = tl.where(live, cs, 0.0)
+
+        # 3. The policy term and its KL penalty.
         if batch.old_logprobs is None:
             d, low, beyond = log_ratio(logp_r, None)
         else:
@@ -94,24 +97,16 @@ def token(
             cr += tl.where(penalty != 0.0, penalty * kl_slope, 0.0)
             kls = add(kls, tl.where(policy, kl, 0.0))
         cr = tl.where(policy, cr, 0.0)
-
-        # 3. The supervised term, whose slope the signals want on rollouts too.
-        expert_loss, cs, p = supervised_term(logp, PHI)
-        cs = tl.where(live, cs, 0.0)
-        own = tl.where(rollout, cr, cs)
         loss = tl.where(rollout, loss, expert_loss)
-        write(out.slope, start, i, length, tl.where(live, own * slope_weight, 0.0), BLOCK)
-        write(out.logprobs, start, i, length, logp, BLOCK)
+        own, diff = tl.where(rollout, cr, cs), cs - cr
 
-        # 4. Sums.
-        diff = cs - cr
+        # 4. Sums. All reads come before the first write, past which the compiler may move none.
         if batch.sum_sq is not None:
             norm = 1.0 - 2.0 * p + tl.where(live, read(batch.sum_sq, start, i, length, BLOCK), 0.0)
             own_n = add(own_n, own * own * norm)
             diff_n = add(diff_n, diff * diff * norm)
         if batch.entropy is not None:
             entropies = add(entropies, tl.where(policy, read(batch.entropy, start, i, policy_length, BLOCK), 0.0))
-            write(out.entropy_slope, start, i, length, tl.where(policy, entropy_weight, 0.0), BLOCK)
         nll = add(nll, -logp)
         advs = add(advs, adv)
         diffs = add(diffs, diff * diff)
@@ -123,9 +118,15 @@ def token(
         losses = add(losses, tl.where(live, loss, 0.0))
         divergences = add(divergences, tl.where(policy, (u - d) - low, 0.0))
         updates = add(updates, tl.where(policy, update, 0.0))
-        shown = ratio if POLICY < GSPO else sequence_ratio
-        ratios = add(ratios, tl.where(policy, shown, 0.0))
-        largest = tl.maximum(largest, tl.where(policy, shown, 0.0))
+        if POLICY < GSPO:
+            ratios = add(ratios, tl.where(policy, ratio, 0.0))
+            largest = maximum(largest, tl.where(policy, ratio, 0.0))
+
+        # 5. What is one a token.
+        write(out.slope, start, i, length, tl.where(live, own * slope_weight, 0.0), BLOCK)
+        write(out.logprobs, start, i, length, logp, BLOCK)
+        if batch.entropy is not None:
+            write(out.entropy_slope, start, i, length, tl.where(policy, entropy_weight, 0.0), BLOCK)
 
     lane = tl.arange(0, 8)
     row = out.rows + s * 12
@@ -133,12 +134,17 @@ def token(
     second = total8(own_n, diff_n, losses, kls, entropies, ratios, divergences, updates)
     first /= tl.where(lane == 1, tl.maximum(count, 1), 1).to(tl.float64)  # the mean advantage
     second *= tl.where((lane >= 2) & (lane < 5), weight, 1.0)
+    top = tl.max(largest)
+    if POLICY >= GSPO:  # one ratio for all tokens of the sequence
+        tokens = tl.where(rollout, count, 0)
+        second = tl.where(lane == 5, shown * tokens, second)
+        top = tl.where(tokens > 0, shown, 0.0)
     tl.store(row, tl.where((count > 0) & (rollout == 0), 1.0, 0.0))
     tl.store(row + 1, count)
     tl.store(row + 2 + lane, first)
     tl.store(row + 10 + lane, second, mask=lane < 2)
     tl.store(out.part + (s * 8 - 2) + lane, second, mask=lane >= 2)
-    tl.store(out.part + s * 8 + 6, tl.max(largest))
+    tl.store(out.part + s * 8 + 6, top)
     if batch.cu_seqlens is not None:
         clear_uncovered(batch, out, s, S, N, BLOCK)
 
