@@ -8,9 +8,10 @@ from small_runs import small
 from transformers import GenerationConfig
 
 import gac_kernels as gk
-from gac_kernels.train.model import build_model, stop_tokens
+from gac_kernels.train.model import build_model, stop_tokens, tiny_model
 from gac_kernels.train.rollouts import Answered, Codec, Sampling, assemble, generate, token_statistics
 from gac_kernels.train.tasks import Example, build_task
+from gac_kernels.train.tokenizer import character_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,16 @@ def test_sampling_ignores_the_habits_in_a_models_generation_config(policy):
         assert model.generation_config is settings
         model.generation_config = before
     assert draws[0] == draws[1] and len(set(map(tuple, draws[0]))) > 1
+
+
+def test_sampling_reaches_the_whole_vocabulary():
+    """transformers' own default would keep the 50 likeliest tokens only."""
+    config = small()
+    tokenizer = character_tokenizer([chr(33 + i) for i in range(90)])
+    model = tiny_model(config, tokenizer).eval()
+    torch.manual_seed(0)
+    drawn = generate(model, Codec(tokenizer, [1]), [[5]] * 2000, Sampling(1, 1.0))
+    assert {ids[0] for ids in drawn} == set(range(len(tokenizer)))
 
 
 def test_every_stop_token_of_a_models_generation_config_counts(policy):
