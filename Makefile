@@ -21,6 +21,7 @@ $(STAMP): $(BIN)/python $(SOURCES)
 demo: $(STAMP)
 	rm -rf runs/demo
 	$(BIN)/python -m gac_kernels.train.demo --output runs/demo $(DEMO_ARGS)
+	$(BIN)/gac-kernels bench --modes full --seconds 3 --providers gac-cpu,eager,eager-loss --backend cpu
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -166,7 +166,7 @@ def _print(outcome: dict[str, Any], problems: int) -> None:
     console.print(f"GAC is {verdict} SFT alone: {100 * ahead:+.1f} points, standard error {100 * error:.1f}.")
     places = [0, len(mu) // 4, len(mu) // 2, 3 * len(mu) // 4, len(mu) - 1]
     values = ", ".join(f"{mu[place]:.2f} (step {place + 1})" for place in dict.fromkeys(places))
-    console.print(f"mu, weight of the demonstrations, 0 to 1: {sparkline(mu)}\n  {values}")
+    console.print(f"mu, weight of the demonstrations, 0 to 1: {sparkline(mu)}\n  {values}", soft_wrap=True)
     console.print(f"The controller took {outcome['controller_share']:.2%} of the step time.")
     console.print(f"{outcome['seconds']:.0f} s in all. Report: {outcome['report']}", soft_wrap=True)
 
