@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import BertConfig, Qwen2Config
+from transformers import AutoTokenizer, Qwen2Config
 
-from gac_kernels.train.tokenizer import EOS, PAD, UNKNOWN, character_tokenizer, load_tokenizer
+from gac_kernels.train.tokenizer import EOS, PAD, UNKNOWN, _tokenizer_class, character_tokenizer, load_tokenizer
 
 TEXT = 'a1+ #\n\t"é😀'
 
@@ -50,12 +50,12 @@ def test_a_tokenizer_of_ones_own_stays_beside_a_qwen2_model(tmp_path):
     assert load_tokenizer(tmp_path)(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
 
 
-def test_a_directory_that_names_a_tokenizer_of_its_own_kind_gets_that(tmp_path):
+def test_a_directory_that_names_a_tokenizer_of_a_model_leaves_it_to_auto_tokenizer(tmp_path):
     character_tokenizer([TEXT]).save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "BertTokenizer"}))
-    BertConfig().save_pretrained(tmp_path)
-    assert type(load_tokenizer(tmp_path)).__name__.startswith("BertTokenizer")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "Qwen2Tokenizer"}))
+    assert _tokenizer_class(tmp_path) is AutoTokenizer
+    assert _tokenizer_class(tmp_path / "nothing") is AutoTokenizer
 
 
 def test_a_tokenizer_without_eos_is_refused_and_one_without_pad_pads_with_eos(tmp_path):
