@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..objectives import HybridObjective
 
 HELP = "train: the thin loop from prompts to the optimizer step"
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}  # spinning threads make a step many times as long beside other work
 CONTROLLERS = ("gac", "fixed", "linear", "cosine", "kl", "srft", "hpt")
 OBJECTIVES = ("sapo", "grpo", "dapo", "dr-grpo", "cispo", "gspo", "dfpo")
 
