@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make runs several times slower beside other work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
