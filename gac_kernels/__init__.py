@@ -15,7 +15,7 @@ from .objectives import (
     HybridObjective,
     LogitTransform,
 )
-from .ops import hybrid_loss, signals_from_logprobs, token_logprobs
+from .ops import hybrid_loss, hybrid_loss_from_logits, signals_from_logprobs, token_logprobs
 from .signals import Signals
 from .types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
 
@@ -45,6 +45,7 @@ __all__ = [
     "backends",
     "group_advantages",
     "hybrid_loss",
+    "hybrid_loss_from_logits",
     "signals_from_logprobs",
     "token_logprobs",
     "use_backend",

@@ -32,7 +32,7 @@ from token_loss_arguments import (
 )  # fmt: skip
 
 import gac_kernels as gk
-from gac_kernels import library, signals
+from gac_kernels import schemas, signals
 
 pytestmark = pytest.mark.skipif(
     not gk.backends()["cpu"].startswith("cpu:"), reason="this install has no compiled module"
@@ -50,11 +50,11 @@ def test_every_policy(policy, dtype):
         check(arguments(objective, dtype=dtype, spread=60.0, seed=3))  # the clamp at 20 acts on one token in three
 
 
-@pytest.mark.parametrize("aggregation", library.AGGREGATIONS)
-@pytest.mark.parametrize("estimator", library.KL_ESTIMATORS)
+@pytest.mark.parametrize("aggregation", schemas.AGGREGATIONS)
+@pytest.mark.parametrize("estimator", schemas.KL_ESTIMATORS)
 def test_kl_and_aggregations(estimator, aggregation):
     for weighted, supervised, optional in itertools.product(
-        (False, True), zip(library.AGGREGATIONS, ("phi", "none", "phi", "none"), strict=True), ((OLD, REF), (REF,))
+        (False, True), zip(schemas.AGGREGATIONS, ("phi", "none", "phi", "none"), strict=True), ((OLD, REF), (REF,))
     ):
         objective = gk.HybridObjective(
             gk.SAPO(), gk.NLL(supervised[1]), kl_coef=0.1, kl_estimator=estimator, kl_ratio_weighted=weighted,

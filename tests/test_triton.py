@@ -17,7 +17,7 @@ from triton_support import DEVICE, check, interpreted_only, operator
 from triton_watch import bounds_checked, launches, program_order
 
 import gac_kernels as gk
-from gac_kernels import library
+from gac_kernels import schemas
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 # An empty sequence, one token, lengths on and off a group of four.
@@ -304,14 +304,14 @@ def test_codes_are_those_of_the_schema():
     from gac_kernels.objectives import GATES, KL_ESTIMATORS
     from gac_kernels.reference.terms import LOG_RATIO_BOUND
 
-    assert {name: getattr(codes, name.upper()).value for name in library.POLICY_CODES} == library.POLICY_CODES
+    assert {name: getattr(codes, name.upper()).value for name in schemas.POLICY_CODES} == schemas.POLICY_CODES
     assert [getattr(codes, gate.upper()).value for gate in GATES] == [0, 1, 2, 3]
     assert [getattr(codes, name.upper()).value for name in KL_ESTIMATORS] == [1, 2, 3]
     assert [getattr(codes, name.replace("-", "_").upper()).value for name in AGGREGATIONS] == [0, 1, 2, 3]
-    for names in (library.DFPO_TRANSFORMS, library.DFPO_RATIOS):
+    for names in (schemas.DFPO_TRANSFORMS, schemas.DFPO_RATIOS):
         assert [getattr(codes, name.upper()).value for name in names] == [0, 1]
     assert terms.BOUND.value == LOG_RATIO_BOUND
-    assert library.SCALARS == (
+    assert schemas.SCALARS == (
         "policy_loss", "supervised_loss", "kl", "entropy", "ratio_mean", "ratio_max", "approx_kl",
         "effective_update_ratio", "clip_fraction", "cancellation_residual",
     )  # fmt: skip

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import gac_kernels as gk
-from gac_kernels import library, signals
+from gac_kernels import schemas, signals
 
 NAMES = ("loss", "scalars", "rows", "logprobs", "slope", "entropy_slope")
 # Positions of token_loss's tensor arguments, and which of them run over the tokens or the sequences.
 LOGPROBS, MASK, CU_SEQLENS, SEQ_LEN, IS_EXPERT, ADVANTAGES, TOKEN_ADVANTAGES = range(7)
-OLD, REF, ROLLOUT, ENTROPY, SUM_SQ, GROUPS, MU = range(7, 14)
+OLD, REF, ROLLOUT, ENTROPY, SUM_SQ, SUPERVISED, GROUPS, MU = range(7, 15)
 TOKEN_ARGUMENTS = (LOGPROBS, MASK, OLD, REF, ROLLOUT, ENTROPY, SUM_SQ)
 POISON = (math.nan, math.inf, -math.inf)
 # Around the vector widths 4, 8 and 16, around blocks of 32 vectors, nothing, one token.
@@ -61,9 +61,9 @@ def arguments(
         value[LOGPROBS], mask, torch.tensor([0, *itertools.accumulate(lengths)]) if packed else None,
         0 if packed else T,
         torch.arange(S) % 3 == 1, advantages.to(dtype), token_advantages, value[OLD], value[REF], value[ROLLOUT],
-        value[ENTROPY], value[SUM_SQ], torch.arange(S) % 4, torch.tensor(0.375, dtype=dtype),
+        value[ENTROPY], value[SUM_SQ], None, torch.arange(S) % 4, torch.tensor(0.375, dtype=dtype),
         *(None if d is None else torch.tensor(d, dtype=dtype) for d in denominators),
-        *library.encode(objective, objective.norm_length or 64.0),
+        *schemas.encode(objective, objective.norm_length or 64.0),
     ]  # fmt: skip
 
 
@@ -112,9 +112,9 @@ def ulps() -> dict[str, float]:
         ~live,
     )
     for gate in ("sigmoid", "erf", "arctan", "softsign"):
-        args[16:] = library.encode(gk.HybridObjective(gk.SAPO(gate, 1.0, 1.0)), 1.0)
+        args[17:] = schemas.encode(gk.HybridObjective(gk.SAPO(gate, 1.0, 1.0)), 1.0)
         worst[gate] = _ulp(args, signals.CR)
-    args[16:] = library.encode(gk.HybridObjective(kl_coef=1.0), 1.0)
+    args[17:] = schemas.encode(gk.HybridObjective(kl_coef=1.0), 1.0)
     args[OLD], args[REF], args[ADVANTAGES] = None, 4 * log_ratio - 3, 0 * ones
     worst["1 - e^d"] = _ulp(args, signals.CR)
     args[LOGPROBS], args[IS_EXPERT] = 16 * log_ratio.clamp(max=-1 / 32), live

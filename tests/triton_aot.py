@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import gac_kernels as gk
-from gac_kernels import library
+from gac_kernels import schemas
 from gac_kernels._triton.token_loss import LAUNCH, token_loss
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -75,7 +75,7 @@ def call(
     advantages = meta(N if token_advantages else S)
     token_loss(
         meta(N), meta(N, torch.bool), cu_seqlens, 0 if packed else T, meta(S, torch.bool), advantages, token_advantages,
-        *optional, meta(S, torch.int64), meta(()), None, None, *library.encode(made, 100.0),
+        *optional, None, meta(S, torch.int64), meta(()), None, None, *schemas.encode(made, 100.0),
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def gk_reference(*args: Any, **kwargs: Any) -> gk.HybridLoss:
 
 def operator(name: str, case: Case, objective: gk.HybridObjective, layout: str = "padded", **changes: Any) -> tuple:
     """The operator itself, past the checks of TokenBatch; ``changes`` replace arguments of the schema by name."""
-    from gac_kernels import library
+    from gac_kernels import schemas
 
     batch, extra = getattr(case, layout)()
     given = {
@@ -102,8 +102,8 @@ def operator(name: str, case: Case, objective: gk.HybridObjective, layout: str =
         "seq_len": batch.max_length or 0, "is_expert": batch.is_expert, "advantages": batch.advantages,
         "token_advantages": case.adv.ndim == 2, "old_logprobs": batch.old_logprobs, "ref_logprobs": batch.ref_logprobs,
         "rollout_weights": batch.rollout_weights, "entropy": extra["entropy"], "sum_sq": extra["sum_sq"],
-        "groups": batch.groups, "mu": torch.tensor(0.3, dtype=case.dtype), "policy_denominator": None,
-        "supervised_denominator": None,
+        "supervised": None, "groups": batch.groups, "mu": torch.tensor(0.3, dtype=case.dtype),
+        "policy_denominator": None, "supervised_denominator": None,
     }  # fmt: skip
     keep = ("cu_seqlens", "is_expert", "groups", "mu", "policy_denominator", "supervised_denominator")
     args = [
@@ -112,4 +112,4 @@ def operator(name: str, case: Case, objective: gk.HybridObjective, layout: str =
         else value
         for name, value in (given | changes).items()
     ]  # fmt: skip
-    return getattr(torch.ops.gac_kernels, name)(*args, *library.encode(objective, float(case.T)))
+    return getattr(torch.ops.gac_kernels, name)(*args, *schemas.encode(objective, float(case.T)))

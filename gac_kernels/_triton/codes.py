@@ -1,4 +1,4 @@
-"""Compile-time codes of the kernels; ``library.encode`` numbers the same things for the schema."""
+"""Compile-time codes of the kernels; ``schemas.encode`` numbers the same things for the schema."""
 
 import triton.language as tl
 

@@ -165,7 +165,7 @@ def finish(
     is_expert, count, residual, part, mu, loss, scalars, S: tl.int64, kl_coef: tl.float64, entropy_coef: tl.float64,
     CLIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``library.SCALARS`` and the loss from what `token` left for each sequence; a single program."""
+    """``schemas.SCALARS`` and the loss from what `token` left for each sequence; a single program."""
     zero = tl.zeros([BLOCK], tl.float64)
     policy, supervised, kls, entropies = zero, zero, zero, zero
     ratios, divergences, updates, tokens = zero, zero, zero, zero

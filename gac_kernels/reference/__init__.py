@@ -6,7 +6,21 @@ and stands alone: no kernel, no dispatch.
 """
 
 from .logits import gift_loss, hybrid_loss_from_logits, token_logprobs
-from .loss import METRICS, hybrid_loss, token_loss
+from .loss import METRICS, hybrid_loss, token_loss, token_weights
+from .rows import Rows, row_gradient, row_statistics, token_slopes
 from .terms import gate
 
-__all__ = ["METRICS", "gate", "gift_loss", "hybrid_loss", "hybrid_loss_from_logits", "token_logprobs", "token_loss"]
+__all__ = [
+    "METRICS",
+    "Rows",
+    "gate",
+    "gift_loss",
+    "hybrid_loss",
+    "hybrid_loss_from_logits",
+    "row_gradient",
+    "row_statistics",
+    "token_logprobs",
+    "token_loss",
+    "token_slopes",
+    "token_weights",
+]

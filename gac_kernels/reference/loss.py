@@ -37,10 +37,9 @@ def _terms(
     logprobs: Tensor, batch: TokenBatch, objective: HybridObjective, entropy: Tensor | None,
     denominators: Denominators | None, supervised_N: Tensor | None,
 ) -> _Terms:  # fmt: skip
-    denominators = denominators or Denominators()
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     tokens = Tokens.of(batch, dtype)
-    segments, expert_N = tokens.segments, tokens.live_N & ~tokens.policy_N
+    expert_N = tokens.live_N & ~tokens.policy_N
     logp_N = torch.where(tokens.live_N, logprobs.reshape(-1).to(dtype), 0.0)
     policy_N, cr_N, seen = policy_terms(logp_N, tokens, objective)
     kl_N = entropy_N = torch.zeros_like(logp_N)
@@ -52,11 +51,22 @@ def _terms(
     cs_N = supervised_slope(logp_N, objective)
     if supervised_N is None:
         supervised_N = cs_N * torch.where(cs_N == 0, 0.0, logp_N)  # phi logp is 0 at p = 0, never nan
-    norm = _norm_length(objective, segments)
-    counts = (segments.sum(branch_N.to(dtype)) for branch_N in (tokens.policy_N, expert_N))
-    a_S = sequence_weights(objective.aggregation, next(counts), norm, denominators.policy)
-    b_S = sequence_weights(objective.supervised_aggregation, next(counts), norm, denominators.supervised)
+    a_S, b_S = _branch_weights(tokens, objective, denominators)
     return _Terms(tokens, logp_N, expert_N, policy_N, kl_N, entropy_N, supervised_N, cs_N, cr_N, a_S, b_S, seen)
+
+
+def _branch_weights(
+    tokens: Tokens, objective: HybridObjective, denominators: Denominators | None
+) -> tuple[Tensor, Tensor]:
+    """Weight of a token of each sequence in the policy's and in the supervised loss; 0 in the other branch's."""
+    segments, denominators = tokens.segments, denominators or Denominators()
+    dtype, norm = tokens.advantages_N.dtype, _norm_length(objective, segments)
+    policy_S = segments.sum(tokens.policy_N.to(dtype))
+    expert_S = segments.sum((tokens.live_N & ~tokens.policy_N).to(dtype))
+    return (
+        sequence_weights(objective.aggregation, policy_S, norm, denominators.policy),
+        sequence_weights(objective.supervised_aggregation, expert_S, norm, denominators.supervised),
+    )
 
 
 def _norm_length(objective: HybridObjective, segments: Segments) -> float | None:
@@ -125,17 +135,36 @@ def token_loss(
     entropy: Tensor | None = None,
     sum_sq: Tensor | None = None,
     denominators: Denominators | None = None,
+    supervised_loss_N: Tensor | None = None,
 ) -> tuple[HybridLoss, Tensor, Tensor]:
     """The loss with its gradients by the slopes written out, not by autograd: what the operator returns.
 
     Returns the HybridLoss, ``d loss / d logprobs`` and ``d loss / d entropy``, both flat ``(N,)``.
     """
-    t = _terms(logprobs, batch, objective, entropy, denominators, None)
-    a_N = torch.where(t.tokens.policy_N, t.tokens.segments.expand((1.0 - mu) * t.policy_weight_S), 0.0)
-    b_N = torch.where(t.expert_N, t.tokens.segments.expand(mu * t.expert_weight_S), 0.0)
+    t = _terms(logprobs, batch, objective, entropy, denominators, supervised_loss_N)
+    weight_N = _mixed(t.tokens, mu, t.policy_weight_S, t.expert_weight_S)
+    a_N, b_N = torch.where(t.tokens.policy_N, weight_N, 0.0), torch.where(t.expert_N, weight_N, 0.0)
     slope_N = torch.where(t.tokens.policy_N, a_N * t.cr_N, 0.0) + torch.where(t.expert_N, b_N * t.cs_N, 0.0)
     out = _summed(t, batch, objective, mu, entropy, sum_sq)
     return out, slope_N, -objective.entropy_coef * a_N
+
+
+def _mixed(tokens: Tokens, mu: Tensor, policy_S: Tensor, expert_S: Tensor) -> Tensor:
+    """The weight of each token in the loss: ``(1 - mu) a_t`` or ``mu b_t``."""
+    weight_S = torch.where(tokens.expert_S, mu * expert_S, (1.0 - mu) * policy_S)
+    return torch.where(tokens.live_N, tokens.segments.expand(weight_S), 0.0)
+
+
+@torch.no_grad()
+def token_weights(
+    batch: TokenBatch, objective: HybridObjective, mu: Tensor, denominators: Denominators | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is known of each token before its log-prob is, each ``(N,)``: ``kind`` (uint8: 0 dead, 1 rollout, 2
+    demonstration), its weight in the loss and its advantage."""
+    tokens = Tokens.of(batch, mu.dtype)
+    weight_N = _mixed(tokens, mu, *_branch_weights(tokens, objective, denominators))
+    kind_N = tokens.live_N.to(torch.uint8) + (tokens.live_N & ~tokens.policy_N).to(torch.uint8)
+    return kind_N, weight_N, tokens.advantages_N
 
 
 def _metrics(t: _Terms) -> dict[str, Tensor]:

@@ -1,0 +1,105 @@
+"""What the public losses check and hand on: the batch as the operators take it, and errors that name the argument."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..objectives import DFPO, SAPO, Gate, HybridObjective
+from ..types import Denominators, TokenBatch
+
+
+def check_tokens(name: str, value: Tensor | None, batch: TokenBatch) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating point tensor, got {kind}")
+    if value.shape != batch.targets.shape:
+        raise ValueError(f"{name} must have the targets' shape {tuple(batch.targets.shape)}, got {tuple(value.shape)}")
+    if value.device != batch.targets.device:
+        raise ValueError(f"{name} must be on {batch.targets.device} like the batch, got {value.device}")
+
+
+def scalar(name: str, value: float | Tensor, like: Tensor, high: float = math.inf) -> Tensor:
+    """A 0-d detached tensor on the device. A tensor's value is not read; a number is checked."""
+    if isinstance(value, Tensor):
+        if value.ndim == 0 and value.dtype is like.dtype and value.device == like.device and not value.requires_grad:
+            return value  # as it is, which is the rule
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.device != like.device:
+            raise ValueError(f"{name} must be on {like.device} like logprobs, got {value.device}")
+        return value.detach().reshape(()).to(like.dtype)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
+    if not 0.0 <= value <= high or math.isinf(value):
+        raise ValueError(f"{name} must be finite and in [0, {high:g}], got {value!r}")
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
+
+
+def norm_length_of(objective: HybridObjective, batch: TokenBatch) -> float | None:
+    """The constant length in force; None where no branch divides by one."""
+    if "seq-mean-token-sum-norm" not in (objective.aggregation, objective.supervised_aggregation):
+        return None
+    length = objective.norm_length or batch.max_length
+    if length is None:
+        raise ValueError("objective.norm_length must be given for seq-mean-token-sum-norm on a packed batch")
+    return float(length)
+
+
+def check_objective(objective: HybridObjective, batch: TokenBatch) -> None:
+    if not isinstance(objective, HybridObjective):
+        raise TypeError(f"objective must be a HybridObjective, got {type(objective).__name__}")
+    if not isinstance(batch, TokenBatch):
+        raise TypeError(f"batch must be a TokenBatch, got {type(batch).__name__}")
+    if isinstance(objective.policy, DFPO) and batch.groups is None:
+        raise ValueError("batch.groups must be given: DFPO transforms the sequence weights inside each group")
+    if objective.kl_coef and batch.ref_logprobs is None:
+        raise ValueError(f"batch.ref_logprobs must be given: objective.kl_coef is {objective.kl_coef:g}")
+
+
+def plain(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value`` as the operator takes it: contiguous and in ``dtype``. What is so already is handed on untouched, for a
+    call of the dispatcher costs as much as some ten thousand tokens."""
+    if value.dtype is not dtype:
+        value = value.to(dtype)
+    return value if value.is_contiguous() else value.contiguous()
+
+
+def plain_or_none(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else plain(value, dtype)
+
+
+def batch_args(batch: TokenBatch, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The batch as the operators take it: ``mask, cu_seqlens, seq_len, is_expert, advantages, token_advantages`` and
+    ``old_logprobs, ref_logprobs, rollout_weights``."""
+    per_token = batch.advantages is not None and batch.advantages.shape != batch.is_expert.shape
+    return (
+        batch.mask if batch.mask.is_contiguous() else batch.mask.contiguous(),
+        batch.cu_seqlens, batch.max_length or 0, batch.is_expert,
+        plain_or_none(batch.advantages, dtype), per_token, plain_or_none(batch.old_logprobs, dtype),
+        plain_or_none(batch.ref_logprobs, dtype), plain_or_none(batch.rollout_weights, dtype),
+    )  # fmt: skip
+
+
+def counts_of(denominators: Denominators | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def count(name: str, value: float | Tensor | None) -> Tensor | None:
+        return None if value is None else scalar(f"denominators.{name}", value, like)
+
+    if denominators is None:
+        return None, None
+    return count("policy", denominators.policy), count("supervised", denominators.supervised)
+
+
+def has_custom_gate(objective: HybridObjective) -> bool:
+    return isinstance(objective.policy, SAPO) and isinstance(objective.policy.gate, Gate)
+
+
+def check_gate_backend(forced: str | None) -> None:
+    """A gate in Python has one implementation, eager, and no forced backend but that one may claim it."""
+    if forced not in (None, "reference"):
+        raise ValueError(f"backend {forced!r} does not support the custom gate of objective.policy")

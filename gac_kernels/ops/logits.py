@@ -1,0 +1,278 @@
+"""From logits on: the hybrid loss with its gradient in one pass, and differentiable log-probs for any other loss.
+
+Shapes: N rows (tokens) of V logits; the row operators take logits as (A, B, V) with N = A B.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import eager, library
+from ..objectives import DFPO, GIFT, GSPO, HybridObjective, LogitTransform
+from ..schemas import encode_rows, encode_term, encode_weights
+from ..types import IGNORE_INDEX, Denominators, HybridLoss, TokenBatch, TokenLogprobs
+from . import inputs
+from .once import first_order_only, scaled
+from .rows import as_rows, check_logits, check_targets, check_writable, row_temperature
+from .token import assemble
+
+_OUTPUTS = ("logprobs", "entropy", "sum_sq")
+_PLAIN = LogitTransform()
+
+
+class _Plan(NamedTuple):
+    """Everything about a call but the logits."""
+
+    rows: tuple[Tensor | None, ...]  # targets, temperature, base_logits
+    static: tuple[float, ...]  # of the transform and of GIFT
+    batch: tuple[Any, ...]  # inputs.batch_args
+    groups: Tensor | None
+    mu: Tensor
+    counts: tuple[Tensor | None, Tensor | None]
+    term: tuple[Any, ...]
+    weights: tuple[int, int, float]
+    custom: tuple[TokenBatch, HybridObjective] | None  # a gate in Python
+    two_looks: bool
+    inplace: bool
+
+
+def _token_loss(plan: _Plan, logprobs: Tensor, entropy: Tensor, sum_sq: Tensor, supervised: Tensor) -> Any:
+    gift = supervised if plan.rows[2] is not None else None
+    if plan.custom is not None:
+        denominators = Denominators(*plan.counts)
+        return eager.token_loss_of_batch(logprobs, *plan.custom, plan.mu, entropy, sum_sq, gift, denominators)
+    return library.call(
+        "token_loss", logprobs, *plan.batch, entropy, sum_sq, gift, plan.groups, plan.mu, *plan.counts, *plan.term,
+        *plan.weights,
+    )  # fmt: skip
+
+
+def _evaluate(logits: Tensor, plan: _Plan, wants_gradient: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Results and, where wanted, the gradient, which is ``logits`` itself in place."""
+    targets, temperature, base_logits = plan.rows
+    kind, weight, advantages = library.call("token_weights", *plan.batch[:6], plan.mu, *plan.counts, *plan.weights)
+    rows = (targets, kind, temperature, base_logits)
+    suffix, gradient = "_" if plan.inplace else "", None
+    if wants_gradient and not plan.two_looks:
+        tokens = (value if value is None else value.view(-1) for value in plan.batch[6:])
+        out = library.call(f"fused_rows{suffix}", logits, *rows, weight, advantages, *tokens, *plan.static, *plan.term)
+        logprobs, entropy, sum_sq, supervised = out[:4]
+        gradient = logits if plan.inplace else out[4]
+        loss, scalars, signals, *_ = _token_loss(plan, logprobs, entropy, sum_sq, supervised)
+    else:
+        logprobs, entropy, sum_sq, normalizer, supervised = library.call("row_statistics", logits, *rows, *plan.static)
+        loss, scalars, signals, _, slope, entropy_slope = _token_loss(plan, logprobs, entropy, sum_sq, supervised)
+        if wants_gradient:
+            bonus = entropy_slope if plan.term[-1] else None
+            new = library.call(f"row_gradient{suffix}", logits, *rows, normalizer, entropy, slope, bonus, *plan.static)
+            gradient = logits if plan.inplace else new
+    return (loss, scalars, signals, logprobs, entropy), gradient
+
+
+class _LogitsLoss(torch.autograd.Function):
+    """The loss from logits. ``anchor`` hangs on the logits' graph without their memory, which may be freed."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, anchor: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
+        results, gradient = _evaluate(logits, plan, ctx.needs_input_grad[0])
+        ctx.inplace, ctx.spent = plan.inplace, False
+        if plan.inplace and gradient is not None:
+            # Whoever saved the logits for a backward of their own must learn that they are gone.
+            torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(gradient, anchor)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
+        if grad is None or not ctx.needs_input_grad[0]:
+            return None, None, None
+        gradient, anchor = ctx.saved_tensors
+        if not ctx.inplace:
+            return scaled(gradient, grad, anchor), None, None
+        if ctx.spent:
+            raise RuntimeError(
+                "second backward through a loss whose gradient was written over the logits and handed on: "
+                "call hybrid_loss_from_logits with inplace=False to keep it"
+            )
+        ctx.spent = True
+        with torch.no_grad():
+            gradient = gradient.detach()
+            library.call("scale_", gradient, grad)
+        return first_order_only(gradient, anchor, grad), None, None
+
+
+def hybrid_loss_from_logits(
+    logits: Tensor,
+    batch: TokenBatch,
+    objective: HybridObjective,
+    mu: float | Tensor,
+    *,
+    transform: LogitTransform | None = _PLAIN,
+    inplace: bool = False,
+    denominators: Denominators | None = None,
+) -> HybridLoss:
+    """The hybrid loss ``(1 - mu) RL + mu SFT`` from logits: one read of them gives log-probs, entropy, sum p squared,
+    ratios, loss, signals and metrics, and writes the gradient, so that backward is at most a scaling.
+
+    Token-separable objectives (SAPO, GRPO, CISPO with NLL or GIFT) take one look at the logits. GSPO, DFPO and a gate
+    written in Python need all log-probs of a sequence before the first gradient and take a second look.
+
+    Args:
+        logits: ``(*batch.targets.shape, V)``, float16, bfloat16, float32 or float64; row ``t`` predicts target ``t``.
+            Rows may have any strides (``logits[:, :-1]`` is not copied) as long as those of a row are neighbours.
+            Sums are in float32, of float64 logits in float64.
+        batch: the tokens; ``batch.base_logits`` for GIFT. Rows outside ``batch.mask`` are not read.
+        objective: what to compute.
+        mu: mixing weight in [0, 1], a number or a 0-d tensor on the device (its value is never read by the host).
+        transform: logit scale, soft cap and temperature, a number or one a sequence. The gradient goes back through
+            it. It is not applied to ``batch.base_logits``.
+        inplace: write the gradient over the logits: no extra memory. Their values are lost; anything else that saved
+            them for its own backward raises. One backward only. Under torch.compile, which plans memory
+            itself, the gradient is a new tensor.
+        denominators: global counts, for gradient accumulation and data parallelism.
+
+    Returns:
+        HybridLoss; its ``loss`` is differentiable once (a second derivative raises RuntimeError).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; also for a live target outside
+            ``[0, V)`` where reading it costs no device sync, else that row's results are nan.
+
+    With float16 logits the gradient is rounded before a loss scale reaches it and what lies under 6e-8 is lost:
+    prefer bfloat16.
+    """
+    inputs.check_objective(objective, batch)
+    check_logits("logits", logits, batch.targets)
+    transform = _checked(transform)
+    gift = objective.supervised if isinstance(objective.supervised, GIFT) else None
+    base_logits = None
+    if gift is not None:
+        if batch.base_logits is None:
+            raise ValueError(
+                "batch.base_logits must be given: objective.supervised = GIFT compares with the base model"
+            )
+        if batch.base_logits.shape != logits.shape:
+            raise ValueError(
+                f"batch.base_logits must have the logits' shape {tuple(logits.shape)}, "
+                f"got {tuple(batch.base_logits.shape)}"
+            )
+        base_logits = as_rows(batch.base_logits)
+    check_targets("batch.targets", batch.targets, batch.mask, logits.shape[-1])
+    inplace = inplace and not torch.compiler.is_compiling()
+    rows = as_rows(logits)
+    if inplace:
+        check_writable(logits, rows)
+    custom = inputs.has_custom_gate(objective)
+    if custom:
+        inputs.check_gate_backend(library.forced_backend())
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    mu = inputs.scalar("mu", mu, logits.new_empty((), dtype=dtype), 1.0)
+    norm_length = inputs.norm_length_of(objective, batch)
+    plan = _Plan(
+        rows=(batch.targets.reshape(-1), row_temperature(transform, batch, dtype), base_logits),
+        static=encode_rows(transform, gift),
+        batch=inputs.batch_args(batch, dtype),
+        groups=batch.groups,
+        mu=mu,
+        counts=inputs.counts_of(denominators, mu),
+        term=() if custom else encode_term(objective),
+        weights=encode_weights(objective, norm_length),
+        custom=(batch, objective) if custom else None,
+        two_looks=custom or isinstance(objective.policy, (GSPO, DFPO)),
+        inplace=inplace,
+    )
+    loss, scalars, signals, logprobs, entropy = _LogitsLoss.apply(rows, _anchor(logits), plan)
+    shape = batch.targets.shape
+    return assemble(loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, norm_length)
+
+
+def _checked(transform: LogitTransform | None) -> LogitTransform:
+    if transform is not None and not isinstance(transform, LogitTransform):
+        raise TypeError(f"transform must be a LogitTransform, got {type(transform).__name__}")
+    return transform or _PLAIN
+
+
+def _anchor(logits: Tensor) -> Tensor:
+    """A 0-d tensor in the logits' graph that does not hold on to their memory."""
+    return logits[..., :0].sum()
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, kind: Tensor, temperature: Tensor | None, static: tuple[float, ...]
+    ) -> tuple[Tensor, ...]:
+        logprobs, entropy, sum_sq, normalizer, _ = library.call(
+            "row_statistics", logits, targets, kind, temperature, None, *static
+        )
+        ctx.static = static
+        ctx.save_for_backward(logits, targets, kind, temperature, normalizer, entropy)
+        ctx.mark_non_differentiable(sum_sq)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy, sum_sq
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor | None, entropy_slope: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        logits, targets, kind, temperature, normalizer, entropy = ctx.saved_tensors
+        if slope is None and entropy_slope is None:
+            return None, None, None, None, None
+        with torch.no_grad():
+            gradient = library.call(
+                "row_gradient", logits, targets, kind, temperature, None, normalizer, entropy,
+                torch.zeros_like(entropy) if slope is None else slope.contiguous(),
+                None if entropy_slope is None else entropy_slope.contiguous(), *ctx.static,
+            )  # fmt: skip
+        upstream = [grad for grad in (slope, entropy_slope) if grad is not None]
+        return first_order_only(gradient, logits, *upstream), None, None, None, None
+
+
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    transform: LogitTransform | None = _PLAIN,
+    outputs: tuple[str, ...] = _OUTPUTS,
+) -> TokenLogprobs:
+    """Log-prob of each target, entropy and sum of p squared of each row of logits, differentiable for any loss.
+
+    One read of the logits; backward reads them once more and writes their gradient. Nothing of the logits' size is kept
+    but the logits.
+
+    Args:
+        logits: ``(..., V)`` float16, bfloat16, float32 or float64; leading dimensions are free and may be strided.
+        targets: ``(...)`` int32/int64 ids; ``-100`` masks a place.
+        mask: ``(...)`` bool or 0-1; masked places hold 0, receive no gradient and are not read.
+        transform: logit scale, soft cap and temperature; a temperature a sequence, ``(S,)``, goes with the first
+            dimension of ``targets``.
+        outputs: which of ``"logprobs"``, ``"entropy"``, ``"sum_sq"`` to return; the others are None.
+
+    Returns:
+        TokenLogprobs in float32 (float64 for float64 logits), shaped as ``targets``. ``logprobs`` and ``entropy``
+        are differentiable once, a second derivative raises RuntimeError.
+
+    Raises:
+        TypeError, ValueError: naming the argument; also for a target outside ``[0, V)`` where reading it costs no
+            device sync, else that row's results are nan.
+    """
+    check_logits("logits", logits, targets)
+    if mask is not None and mask.shape != targets.shape:
+        raise ValueError(f"mask must have the targets' shape {tuple(targets.shape)}, got {tuple(mask.shape)}")
+    unknown = [name for name in outputs if name not in _OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs must be among {', '.join(_OUTPUTS)}; got {unknown[0]!r}")
+    transform = _checked(transform)
+    live = targets.ne(IGNORE_INDEX) if mask is None else mask.bool() & targets.ne(IGNORE_INDEX)
+    check_targets("targets", targets, live, logits.shape[-1])
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    results = _TokenLogprobs.apply(
+        as_rows(logits), targets.reshape(-1), live.reshape(-1).to(torch.uint8),
+        row_temperature(transform, targets, dtype), encode_rows(transform, None),
+    )  # fmt: skip
+    named = dict(zip(_OUTPUTS, (value.view(targets.shape) for value in results), strict=True))
+    return TokenLogprobs(**{name: named[name] if name in outputs else None for name in _OUTPUTS})

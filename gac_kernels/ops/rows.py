@@ -1,0 +1,91 @@
+"""Logits of any leading shape as the row operators take them, and what is checked of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..objectives import LogitTransform
+from ..types import TokenBatch
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_logits(name: str, logits: Tensor, targets: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int32, torch.int64):
+        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"targets must be an int32 or int64 tensor, got {kind}")
+    if logits.dtype not in _FLOATS:
+        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if logits.ndim < 1 or logits.shape[:-1] != targets.shape:
+        expected = (*targets.shape, "V")
+        raise ValueError(f"{name} must have shape {expected} to match targets, got {tuple(logits.shape)}")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one column, got shape {tuple(logits.shape)}")
+    if logits.device != targets.device:
+        raise ValueError(f"{name} must be on {targets.device} like targets, got {logits.device}")
+
+
+def check_targets(name: str, targets: Tensor, live: Tensor, V: int) -> None:
+    """Live targets lie in ``[0, V)``: looked at where that costs no device sync."""
+    if targets.device.type != "cpu" or targets.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in torch.where(live, targets, 0).aminmax())
+    if low < 0 or high >= V:
+        raise ValueError(f"{name} must be in [0, {V}) or -100, got {low} to {high}")
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """``(..., V)`` as ``(A, B, V)`` with stride 1 in V: a view wherever strides allow, else a contiguous copy."""
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    if logits.ndim > 3:
+        return logits.flatten(0, -3)
+    return logits[(None,) * (3 - logits.ndim)]
+
+
+def check_writable(logits: Tensor, rows: Tensor) -> None:
+    """In place: ``rows`` is a view of ``logits``, and no two rows share memory."""
+    (a, b, V), (stride_a, stride_b, _) = rows.shape, rows.stride()
+    if rows.numel() == 0:
+        return
+    if rows.data_ptr() != logits.data_ptr():
+        raise ValueError(
+            f"logits must have neighbouring columns and at most two independent row strides to be overwritten with "
+            f"inplace=True, got strides {tuple(logits.stride())} for shape {tuple(logits.shape)}"
+        )
+    (inner, count), (outer, _) = sorted(((stride_a, a), (stride_b, b)))
+    if a == 1 or b == 1:
+        inner, count, outer = (stride_b, b, V) if a == 1 else (stride_a, a, V)
+        overlap = count > 1 and inner < V
+    else:
+        overlap = inner < V or outer < (count - 1) * inner + V
+    if overlap:
+        raise ValueError(
+            f"logits must not overlap themselves to be overwritten with inplace=True, got strides "
+            f"{tuple(logits.stride())} for shape {tuple(logits.shape)}"
+        )
+
+
+def row_temperature(transform: LogitTransform, where: TokenBatch | Tensor, dtype: torch.dtype) -> Tensor | None:
+    """One temperature a row, or None where one number holds for all. ``where`` is the batch, or targets whose first
+    dimension is the sequences."""
+    if not isinstance(transform.temperature, Tensor):
+        return None
+    batch = where if isinstance(where, TokenBatch) else None
+    targets = where.targets if isinstance(where, TokenBatch) else where
+    temperature_S = transform.temperature.detach().to(dtype)
+    count = batch.num_sequences if batch is not None else targets.shape[0] if targets.ndim else 1
+    if temperature_S.shape != (count,):
+        raise ValueError(
+            f"transform.temperature must have shape ({count},), one a sequence, got {tuple(temperature_S.shape)}"
+        )
+    if temperature_S.device != targets.device:
+        raise ValueError(f"transform.temperature must be on {targets.device}, got {temperature_S.device}")
+    if batch is None or batch.cu_seqlens is None:
+        return temperature_S.view(-1, *(1,) * (targets.ndim - 1)).expand(targets.shape).reshape(-1)
+    position_N = torch.arange(targets.shape[0], device=targets.device)
+    ids_N = torch.bucketize(position_N, batch.cu_seqlens[1:], right=True).clamp(max=max(count - 1, 0))
+    return temperature_S.index_select(0, ids_N)

@@ -1,0 +1,225 @@
+"""What the operators take and give: schemas, fakes, and how an objective becomes arguments. No implementation.
+
+Three primitives over rows of logits, one of them fused, and the token-level loss between them:
+
+* separable objectives: ``token_weights`` -> ``fused_rows`` -> ``token_loss``;
+* GSPO, DFPO and a gate in Python look twice: ``row_statistics`` -> ``token_loss`` -> ``row_gradient``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .objectives import (
+    AGGREGATIONS,
+    CISPO,
+    DFPO,
+    GATES,
+    GIFT,
+    GRPO,
+    GSPO,
+    KL_ESTIMATORS,
+    NLL,
+    SAPO,
+    HybridObjective,
+    LogitTransform,
+)
+from .signals import SIGNAL_COLUMNS
+
+# Scalar outputs of ``token_loss``, in this order.
+SCALARS = ("policy_loss", "supervised_loss", "kl", "entropy", *reference.METRICS)
+
+# Codes of the policy term, shared with csrc/math/codes.h and _triton/codes.py.
+POLICY_CODES = {**{gate: i for i, gate in enumerate(GATES)}, "grpo": 4, "cispo": 5, "gspo": 6, "dfpo": 7}
+DFPO_TRANSFORMS, DFPO_RATIOS = ("min_replace", "adv_orthogonal"), ("geometric_mean", "product")
+
+# What a token is: the row kernels' mask and branch in one.
+DEAD, ROLLOUT, DEMONSTRATION = range(3)
+
+
+# Objectives and transforms as arguments ----------------------------------------------------------------------
+def encode_term(objective: HybridObjective) -> tuple[Any, ...]:
+    """The static arguments of a token's term: ``policy`` to ``entropy_coef``."""
+    p = objective.policy
+    if isinstance(p, SAPO):
+        policy, parameters = POLICY_CODES[str(p.gate)], (p.tau_pos, p.tau_neg, 0.0)
+    elif isinstance(p, GRPO):
+        policy, parameters = POLICY_CODES["grpo"], (p.clip_low, p.clip_high, p.delta or 0.0)
+    elif isinstance(p, CISPO):
+        policy, parameters = POLICY_CODES["cispo"], (p.clip_high, 0.0, 0.0)
+    elif isinstance(p, GSPO):
+        policy, parameters = POLICY_CODES["gspo"], (p.clip_low, p.clip_high, 0.0)
+    else:
+        codes = DFPO_TRANSFORMS.index(p.transform), DFPO_RATIOS.index(p.ratio)
+        policy, parameters = POLICY_CODES["dfpo"], (float(codes[0]), float(codes[1]), 0.0)
+    phi = isinstance(objective.supervised, NLL) and objective.supervised.weight == "phi"
+    return (
+        policy, *(float(value) for value in parameters), phi,
+        float(objective.kl_coef), KL_ESTIMATORS.index(objective.kl_estimator) + 1, objective.kl_ratio_weighted,
+        float(objective.entropy_coef),
+    )  # fmt: skip
+
+
+def encode_weights(objective: HybridObjective, norm_length: float | None) -> tuple[int, int, float]:
+    """``aggregation``, ``supervised_aggregation``, ``norm_length``, the last one as it is in force."""
+    return (
+        AGGREGATIONS.index(objective.aggregation),
+        AGGREGATIONS.index(objective.supervised_aggregation),
+        float(norm_length or 1.0),
+    )
+
+
+def encode(objective: HybridObjective, norm_length: float | None) -> tuple[Any, ...]:
+    """The trailing static arguments of ``token_loss``, from ``policy`` on."""
+    return (*encode_term(objective), *encode_weights(objective, norm_length))
+
+
+def decode(
+    policy: int, p0: float, p1: float, p2: float, phi: bool, kl_coef: float, kl_estimator: int, kl_ratio_weighted: bool,
+    entropy_coef: float, aggregation: int = 0, supervised_aggregation: int = 0, norm_length: float = 1.0,
+) -> HybridObjective:  # fmt: skip
+    """The inverse of :func:`encode` and :func:`encode_term`, for the reference backend."""
+    name = next(name for name, code in POLICY_CODES.items() if code == policy)
+    make: dict[str, Callable[[], Any]] = {
+        "grpo": lambda: GRPO(p0, p1, p2 or None),
+        "cispo": lambda: CISPO(p0),
+        "gspo": lambda: GSPO(p0, p1),
+        "dfpo": lambda: DFPO(DFPO_TRANSFORMS[int(p0)], DFPO_RATIOS[int(p1)]),
+    }
+    return HybridObjective(
+        make[name]() if name in make else SAPO(name, p0, p1),
+        NLL("phi" if phi else "none"),
+        kl_coef=kl_coef,
+        kl_estimator=KL_ESTIMATORS[kl_estimator - 1],
+        kl_ratio_weighted=kl_ratio_weighted,
+        entropy_coef=entropy_coef,
+        aggregation=AGGREGATIONS[aggregation],
+        supervised_aggregation=AGGREGATIONS[supervised_aggregation],
+        norm_length=norm_length,
+    )
+
+
+def encode_rows(transform: LogitTransform, gift: GIFT | None) -> tuple[float, float, float, float, float]:
+    """``scale, softcap, temperature_value, beta, smooth``; a temperature a sequence travels as a tensor instead."""
+    single = transform.temperature
+    temperature = 1.0 if isinstance(single, Tensor) else float(single)
+    beta, smooth = (0.0, 0.0) if gift is None else (float(gift.beta), float(gift.smooth))
+    return float(transform.scale), float(transform.softcap or 0.0), temperature, beta, smooth
+
+
+# Schemas ---------------------------------------------------------------------------------------------------------
+# One pass over ready log-probs. Token tensors hold N elements in any shape, contiguous, in the dtype of logprobs
+# (float32 or float64); the results that are one a token are shaped as logprobs.
+# Sequence s owns [cu_seqlens[s], cu_seqlens[s + 1]), or [s seq_len, (s + 1) seq_len) where cu_seqlens is None.
+# supervised holds the values of the supervised term of demonstrations (GIFT) in place of c_s logp; phi is then False.
+# Returns loss (), scalars (10,) as in SCALARS, rows (S, 12) as signals.SIGNAL_COLUMNS, logprobs with 0 where masked,
+# slope = d loss / d logprobs, entropy_slope = d loss / d entropy, or (0,) where no entropy is given.
+_TERM = """int policy, float p0, float p1, float p2, bool phi, float kl_coef, int kl_estimator,
+    bool kl_ratio_weighted, float entropy_coef"""
+_WEIGHTS = "int aggregation, int supervised_aggregation, float norm_length"
+_TOKEN_LOSS = f"""(
+    Tensor logprobs, Tensor mask, Tensor? cu_seqlens, int seq_len, Tensor is_expert,
+    Tensor? advantages, bool token_advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_weights,
+    Tensor? entropy, Tensor? sum_sq, Tensor? supervised, Tensor? groups,
+    Tensor mu, Tensor? policy_denominator, Tensor? supervised_denominator, {_TERM}, {_WEIGHTS}
+) -> (Tensor loss, Tensor scalars, Tensor rows, Tensor logprobs_out, Tensor slope, Tensor entropy_slope)"""
+
+# What each token is and weighs before any logit is seen, N = mask.numel(): kind (N,) uint8 (DEAD, ROLLOUT,
+# DEMONSTRATION; a token of no sequence is dead), weight (N,) = (1 - mu) a_t or mu b_t, and advantages_out (N,), 0 where
+# no rollout's; both in mu's dtype.
+_TOKEN_WEIGHTS = f"""(
+    Tensor mask, Tensor? cu_seqlens, int seq_len, Tensor is_expert, Tensor? advantages, bool token_advantages,
+    Tensor mu, Tensor? policy_denominator, Tensor? supervised_denominator, {_WEIGHTS}
+) -> (Tensor kind, Tensor weight, Tensor advantages_out)"""
+
+# Rows of logits (A, B, V): any strides of the two leading dimensions, stride 1 in V; float16, bfloat16, float32 or
+# float64. Row n of the N = A B is logits[n // B, n % B]. Results are one a row, (N,), in acc: float64 for float64
+# logits, else float32. base_logits (A, B, V) turn GIFT on: they are read for demonstrations, and never transformed.
+# temperature (N,) in acc, or None for temperature_value; softcap 0 is none. Dead rows are neither read nor computed;
+# their results and gradients are 0. A live target outside [0, V) makes its row nan and touches nothing else.
+_ROWS = "Tensor targets, Tensor kind, Tensor? temperature, Tensor? base_logits"
+_STATIC = "float scale, float softcap, float temperature_value, float beta, float smooth"
+# normalizer (N, 2): max and log sum exp(z - max), 0 where not computed; with base_logits (N, 4), then the base row's.
+# supervised (N,): GIFT's loss of demonstrations, 0 elsewhere; (0,) without base_logits.
+_ROW_STATISTICS = f"""(Tensor logits, {_ROWS}, {_STATIC}
+) -> (Tensor logprobs, Tensor entropy, Tensor sum_sq, Tensor normalizer, Tensor supervised)"""
+# dz = slope (t - p) - entropy_slope p (log p + entropy), with t = 1_y or GIFT's q, then back through the transform.
+_GRADIENT = f"{_ROWS}, Tensor normalizer, Tensor entropy, Tensor slope, Tensor? entropy_slope, {_STATIC}"
+# Statistics, the token's slope and the row's gradient while the row is in cache. Token inputs (N,) in acc.
+_FUSED = f"""{_ROWS}, Tensor weight, Tensor? advantages, Tensor? old_logprobs, Tensor? ref_logprobs,
+    Tensor? rollout_weights, {_STATIC}, {_TERM}"""
+_FUSED_RESULTS = "Tensor logprobs, Tensor entropy, Tensor sum_sq, Tensor supervised"
+
+SCHEMAS = {
+    "token_loss": _TOKEN_LOSS,
+    "token_weights": _TOKEN_WEIGHTS,
+    "row_statistics": _ROW_STATISTICS,
+    "row_gradient": f"(Tensor logits, {_GRADIENT}) -> Tensor gradient",
+    "row_gradient_": f"(Tensor(a!) logits, {_GRADIENT}) -> ()",
+    "fused_rows": f"(Tensor logits, {_FUSED}) -> ({_FUSED_RESULTS}, Tensor gradient)",
+    "fused_rows_": f"(Tensor(a!) logits, {_FUSED}) -> ({_FUSED_RESULTS})",
+    # gradient *= factor (0-d), and nothing at all where factor is 1. Any dense shape, or rows as above.
+    "scale_": "(Tensor(a!) gradient, Tensor factor) -> ()",
+}
+
+
+# Fakes -------------------------------------------------------------------------------------------------------
+def _token_loss(
+    logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None, seq_len: int, is_expert: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    entropy = rest[5]
+    return (
+        logprobs.new_empty(()),
+        logprobs.new_empty(len(SCALARS)),
+        logprobs.new_empty((is_expert.shape[0], len(SIGNAL_COLUMNS))),
+        torch.empty_like(logprobs),
+        torch.empty_like(logprobs),
+        torch.empty_like(logprobs) if entropy is not None else logprobs.new_empty(0),
+    )
+
+
+def _token_weights(mask: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    mu, count = rest[5], mask.numel()
+    return mask.new_empty(count, dtype=torch.uint8), mu.new_empty(count), mu.new_empty(count)
+
+
+def _per_row(logits: Tensor, columns: tuple[int, ...] = ()) -> Tensor:
+    count = logits.shape[0] * logits.shape[1]
+    return logits.new_empty((count, *columns), dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _supervised(logits: Tensor, base_logits: Tensor | None) -> Tensor:
+    return _per_row(logits) if base_logits is not None else _per_row(logits).new_empty(0)
+
+
+def _row_statistics(
+    logits: Tensor, targets: Tensor, kind: Tensor, temperature: Any, base_logits: Any, *static: Any
+) -> tuple[Tensor, ...]:
+    columns = (2,) if base_logits is None else (4,)
+    outputs = (_per_row(logits), _per_row(logits), _per_row(logits), _per_row(logits, columns))
+    return *outputs, _supervised(logits, base_logits)
+
+
+def _fused_rows_(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _per_row(logits), _per_row(logits), _per_row(logits), _supervised(logits, rest[3])
+
+
+def _new_gradient(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "token_loss": _token_loss,
+    "token_weights": _token_weights,
+    "row_statistics": _row_statistics,
+    "row_gradient": lambda logits, *rest: _new_gradient(logits),
+    "row_gradient_": lambda logits, *rest: None,
+    "fused_rows": lambda logits, *rest: (*_fused_rows_(logits, *rest), _new_gradient(logits)),
+    "fused_rows_": _fused_rows_,
+    "scale_": lambda gradient, factor: None,
+}
