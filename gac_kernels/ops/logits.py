@@ -36,6 +36,7 @@ class _Plan(NamedTuple):
     weights: tuple[int, int, float]
     custom: tuple[TokenBatch, HybridObjective] | None  # a gate in Python
     two_looks: bool
+    has_bonus: bool  # of entropy
     inplace: bool
 
 
@@ -66,7 +67,7 @@ def _evaluate(logits: Tensor, plan: _Plan, wants_gradient: bool) -> tuple[tuple[
         logprobs, entropy, sum_sq, normalizer, supervised = library.call("row_statistics", logits, *rows, *plan.static)
         loss, scalars, signals, _, slope, entropy_slope = _token_loss(plan, logprobs, entropy, sum_sq, supervised)
         if wants_gradient:
-            bonus = entropy_slope if plan.term[-1] else None
+            bonus = entropy_slope if plan.has_bonus else None
             new = library.call(f"row_gradient{suffix}", logits, *rows, normalizer, entropy, slope, bonus, *plan.static)
             gradient = logits if plan.inplace else new
     return (loss, scalars, signals, logprobs, entropy), gradient
@@ -91,14 +92,14 @@ class _LogitsLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
         if grad is None or not ctx.needs_input_grad[0]:
             return None, None, None
-        gradient, anchor = ctx.saved_tensors
-        if not ctx.inplace:
-            return scaled(gradient, grad, anchor), None, None
-        if ctx.spent:
+        if ctx.spent:  # before the saved tensors are asked for, whose own complaint would not say what to do
             raise RuntimeError(
                 "second backward through a loss whose gradient was written over the logits and handed on: "
                 "call hybrid_loss_from_logits with inplace=False to keep it"
             )
+        gradient, anchor = ctx.saved_tensors
+        if not ctx.inplace:
+            return scaled(gradient, grad, anchor), None, None
         ctx.spent = True
         with torch.no_grad():
             gradient = gradient.detach()
@@ -184,6 +185,7 @@ def hybrid_loss_from_logits(
         weights=encode_weights(objective, norm_length),
         custom=(batch, objective) if custom else None,
         two_looks=custom or isinstance(objective.policy, (GSPO, DFPO)),
+        has_bonus=objective.entropy_coef != 0,
         inplace=inplace,
     )
     loss, scalars, signals, logprobs, entropy = _LogitsLoss.apply(rows, _anchor(logits), plan)
