@@ -118,18 +118,18 @@ def check_rows(got: Tensor, want: Tensor, acc: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=atol, equal_nan=True)
 
 
-def check_gradient(got: Tensor, want: Tensor, eager: Tensor | None = None) -> None:
+def check_gradient(got: Tensor, want: Tensor, eager: Tensor | None = None, condition: float = 1.0) -> None:
     """float64: 1e-11 of the largest. float32: 2e-6 of the largest, or no worse than twice what eager PyTorch makes of
-    it. 16 bits: one ulp of the value and the same floor."""
+    it. 16 bits: one ulp of the value and the same floor. The floor rises with the ``condition`` of the slopes."""
     assert got.shape == want.shape
     assert torch.isfinite(got).all()
     largest = want.abs().max() if want.numel() else torch.zeros(())
-    floor = {torch.float64: 1e-11}.get(got.dtype, 2e-6)
+    floor = condition * {torch.float64: 1e-11}.get(got.dtype, 2e-6)
     if eager is not None and got.dtype == torch.float32:
         floor = max(floor, 2 * worst(eager, want))
     ulp = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(got.dtype, 0.0)
-    # float16 has steps of 2^-24 near zero
-    tiny = 2.0**-24 if got.dtype == torch.float16 else 0.0
+    # float16 has steps of 2^-24 near zero; no kernel promises denormal numbers
+    tiny = 2.0**-24 if got.dtype == torch.float16 else 1e-30
     error = (got.double() - want).abs() - (ulp * want.abs() + floor * largest + tiny)
     assert not error.numel() or float(error.max()) <= 0, f"gradient is off by {float(error.max()):.3g} beyond its bound"
 
@@ -143,8 +143,10 @@ def check(case: LogitCase, objective, mu=0.3, transform=None, **options) -> None
     assert gradient.dtype == case.logits.dtype
     check_rows(got.logprobs, want.logprobs, acc)
     check_rows(got.token_entropy, want.token_entropy, acc)
-    check_gradient(gradient, want_gradient, eager_gradient)
-    bound = 1e-11 if acc == torch.float64 else 1e-5
+    # A ratio exp(logp - old) amplifies the rounding of a large logp: no arithmetic in this precision can avoid it.
+    condition = max(1.0, float(want.logprobs.abs().max())) if want.logprobs.numel() else 1.0
+    check_gradient(gradient, want_gradient, eager_gradient, condition)
+    bound = condition * (1e-11 if acc == torch.float64 else 2e-6)
     for name in ("loss", "policy_loss", "supervised_loss", "kl", "entropy"):
         value, expected = getattr(got, name), getattr(want, name)
         assert value.dtype == acc and value.shape == ()

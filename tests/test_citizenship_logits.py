@@ -58,6 +58,7 @@ def test_every_operator_is_checked():
 def test_compiles_without_a_graph_break(objective, inplace):
     """Loss and gradient under `fullgraph=True` are eager's; a tensor mu that changes compiles nothing anew."""
     case = make(base=True, poison=False)
+    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True)
