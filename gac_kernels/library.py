@@ -39,14 +39,16 @@ def _load_compiled() -> tuple[bool, str]:
     return True, f"compiled module, {module.instruction_set()} instructions"
 
 
+_said_uncompiled = False
+
+
 def _warn_uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The reference in a CPU slot says once that it is there because the compiled module is not."""
-    said = False
 
     def slot(*args: Any) -> Any:
-        nonlocal said
-        if not said:
-            said = True
+        global _said_uncompiled
+        if not _said_uncompiled:
+            _said_uncompiled = True
             warnings.warn(
                 f"gac_kernels runs its eager reference on the CPU: {_compiled_why}", RuntimeWarning, stacklevel=2
             )

@@ -55,8 +55,8 @@ def run(function, case: LogitCase, objective, mu, transform=None, **options):
 
 
 def make(
-    lengths=(5, 0, 9, 3), expert=(False, True, False, True), *, V=37, dtype=torch.float32, seed=0, scale=3.0, spread=0.3,
-    packed=False, base=False, kl=True, rollout=True, old=True, transform=None, poison=True, holes=True,
+    lengths=(5, 0, 9, 3), expert=(False, True, False, True), *, V=37, dtype=torch.float32, seed=0, scale=3.0,
+    spread=0.3, packed=False, base=False, kl=True, rollout=True, old=True, transform=None, poison=True, holes=True,
 ) -> LogitCase:  # fmt: skip
     """Random rows whose old and reference log-probs lie near their own."""
     g = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The row operators and the losses from logits as citizens of torch: opcheck, compile, autocast, meta, data parallel."""
+"""The row operators and the losses from logits as citizens of torch: opcheck, compile, autocast, meta, modules."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch._dynamo.testing
 from logit_support import make, run
 
 import gac_kernels as gk
-from gac_kernels import library, schemas
+from gac_kernels import library, reference, schemas
 
 OBJECTIVES = [
     gk.HybridObjective(kl_coef=0.1, entropy_coef=0.05),
     gk.HybridObjective(gk.GRPO(delta=1.5), gk.GIFT(2.0, 0.1), aggregation="token-mean"),
     gk.HybridObjective(gk.GSPO(), gk.GIFT(2.0)),
 ]
+DFPO = gk.HybridObjective(gk.DFPO())
 
 
 def calls_of(case, objective, **options):
@@ -30,7 +31,8 @@ def calls_of(case, objective, **options):
     try:
         library.call = record
         run(gk.hybrid_loss_from_logits, case, objective, 0.3, **options)
-        gk.token_logprobs(case.logits.clone().requires_grad_(), case.batch.targets, mask=case.batch.mask).logprobs.sum().backward()  # fmt: skip
+        leaf = case.logits.clone().requires_grad_()
+        gk.token_logprobs(leaf, case.batch.targets, mask=case.batch.mask).logprobs.sum().backward()
     finally:
         library.call = original
     return seen
@@ -101,7 +103,9 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
-@pytest.mark.parametrize("objective", [*OBJECTIVES, gk.HybridObjective(gk.DFPO())], ids=lambda o: type(o.policy).__name__)
+@pytest.mark.parametrize(
+    "objective", [*OBJECTIVES, gk.HybridObjective(gk.DFPO())], ids=lambda o: type(o.policy).__name__
+)
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_the_host_reads_nothing(objective, backend, inplace):
     """Meta tensors hold no data: whatever reads one raises."""
@@ -109,7 +113,8 @@ def test_the_host_reads_nothing(objective, backend, inplace):
     batch = gk.TokenBatch.from_packed(
         torch.zeros(24, dtype=torch.long, device="meta"), torch.zeros(5, dtype=torch.long, device="meta"),
         is_expert_S=torch.zeros(4, dtype=torch.bool, device="meta"), advantages=torch.zeros(4, device="meta"),
-        groups=torch.zeros(4, dtype=torch.long, device="meta"), base_logits=torch.zeros(24, 11, device="meta"), **tokens,
+        groups=torch.zeros(4, dtype=torch.long, device="meta"), **tokens,
+        base_logits=torch.zeros(24, 11, device="meta"),
     )  # fmt: skip
     leaf = torch.zeros(24, 11, device="meta", requires_grad=True)
     heat = gk.LogitTransform(torch.ones(4, device="meta"))
@@ -122,7 +127,7 @@ def test_the_host_reads_nothing(objective, backend, inplace):
 
 
 def test_under_a_functional_transform_of_weights():
-    """The loss of a small head, by `functional_call`, as FSDP and DDP drive modules: parameters get eager's gradients."""
+    """The loss of a small head, by `functional_call`, as FSDP and DDP drive modules."""
     case = make(poison=False, dtype=torch.float64, V=23)
     head = torch.nn.Linear(8, 23, dtype=torch.float64)
     hidden = torch.randn(*case.batch.targets.shape, 8, dtype=torch.float64)
@@ -132,7 +137,5 @@ def test_under_a_functional_transform_of_weights():
         gk.hybrid_loss_from_logits(logits, case.batch, OBJECTIVES[0], 0.3, inplace=inplace).loss.backward()
         got = head.weight.grad.clone()
         head.zero_grad()
-        from gac_kernels import reference
-
         reference.hybrid_loss_from_logits(head(hidden), case.batch, OBJECTIVES[0], 0.3).loss.backward()
         torch.testing.assert_close(got, head.weight.grad, rtol=1e-9, atol=1e-12)

@@ -231,15 +231,17 @@ def test_errors_name_the_argument():
     loss, batch = gk.hybrid_loss_from_logits, case.batch
     with pytest.raises(ValueError, match=r"logits must have shape \(4, 9, 'V'\) to match targets, got \(4, 9\)"):
         loss(case.logits[..., 0], batch, OBJECTIVE, 0.3)
-    with pytest.raises(TypeError, match="logits must have dtype float16, bfloat16, float32 or float64, got torch.int64"):
+    with pytest.raises(
+        TypeError, match=r"logits must have dtype float16, bfloat16, float32 or float64, got torch\.int64"
+    ):
         loss(case.logits.long(), batch, OBJECTIVE, 0.3)
     with pytest.raises(ValueError, match="logits must have at least one column"):
         loss(case.logits[..., :0], batch, OBJECTIVE, 0.3)
-    with pytest.raises(TypeError, match="logits must be a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"logits must be a torch\.Tensor, got NoneType"):
         loss(None, batch, OBJECTIVE, 0.3)
-    with pytest.raises(TypeError, match="transform must be a LogitTransform, got float"):
+    with pytest.raises(TypeError, match=r"transform must be a LogitTransform, got float"):
         loss(case.logits, batch, OBJECTIVE, 0.3, transform=0.7)
-    with pytest.raises(ValueError, match="batch.base_logits must be given"):
+    with pytest.raises(ValueError, match=r"batch\.base_logits must be given"):
         loss(case.logits, batch, gk.HybridObjective(supervised=gk.GIFT()), 0.3)
     with pytest.raises(ValueError, match=r"mu must be finite and in \[0, 1\], got 2"):
         loss(case.logits, batch, OBJECTIVE, 2)
@@ -247,6 +249,6 @@ def test_errors_name_the_argument():
     for wrong in (37, -1, 2**40):
         batch.targets[tuple(live)] = wrong
         before = case.logits.clone()
-        with pytest.raises(ValueError, match=r"batch.targets must be in \[0, 37\) or -100, got"):
+        with pytest.raises(ValueError, match=r"batch\.targets must be in \[0, 37\) or -100, got"):
             loss(case.logits.requires_grad_(), batch, OBJECTIVE, 0.3, inplace=True)
         assert torch.equal(case.logits.detach().nan_to_num(), before.nan_to_num())

@@ -16,11 +16,12 @@ from .console import Console
 HELP = "versions, devices, backends and a numeric self-test of each"
 PACKAGES = ("torch", "triton", "numpy", "transformers")
 PEERS = ("trl", "verl", "trinity-rft", "liger-kernel")
+# Operator -> the public functions behind which it stands.
 OPS = {
-    "token_loss": "hybrid_loss, signals_from_logprobs",
+    "token_loss": "hybrid_loss, signals_from_logprobs, hybrid_loss_from_logits",
+    "fused_rows": "hybrid_loss_from_logits",
+    "row_statistics, row_gradient": "token_logprobs, hybrid_loss_from_logits with GSPO or DFPO",
 }
-# Public functions that no backend fills yet, and what they are made of.
-COMPOSED = {"token_logprobs": "eager PyTorch on every device: composed of its operations in this version"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     rows = [
         (op, device, backend, why, serves) for op, serves in OPS.items() for device, (backend, why) in serving.items()
     ]
-    rows += [(name, "all", "-", why, name) for name, why in COMPOSED.items()]
     console.table("which backend serves which op", ("op", "device", "backend", "why", "behind"), rows, left=5)
     console.table(
         "integrations", ("package", "version"), [(k, v or "not installed") for k, v in integrations.items()], left=2

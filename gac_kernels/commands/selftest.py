@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import library, reference
 from ..bench.check import WrongResult, column_bound, compare, elementwise_bound, metric_bound, scalar_bound
-from ..objectives import CISPO, DFPO, GRPO, GSPO, NLL, SAPO, HybridObjective
-from ..ops import hybrid_loss
-from ..types import TokenBatch
+from ..objectives import CISPO, DFPO, GIFT, GRPO, GSPO, NLL, SAPO, HybridObjective, LogitTransform
+from ..ops import hybrid_loss, hybrid_loss_from_logits
+from ..types import HybridLoss, TokenBatch
 
 SEQUENCES, TOKENS, MU = 16, 24, 0.37
+LOGIT_SHAPE = 4, 6, 67  # sequences, tokens, vocabulary of the cases that begin at logits
 
 # The most different ones first: a slow backend may not get through all.
 OBJECTIVES = (
@@ -31,6 +33,12 @@ OBJECTIVES = (
     HybridObjective(SAPO("arctan", 2.0, 3.0)),
     HybridObjective(SAPO("softsign", 10.0, 12.0)),
 )  # fmt: skip
+FROM_LOGITS = (
+    HybridObjective(SAPO(), kl_coef=0.05, entropy_coef=0.01),
+    HybridObjective(GRPO(), GIFT(3.0, 0.1), aggregation="token-mean"),
+    HybridObjective(GSPO(), GIFT()),
+)
+CASES = 2 * len(OBJECTIVES) + 2 * len(FROM_LOGITS)
 
 
 @dataclass(frozen=True)
@@ -83,20 +91,17 @@ def _absence(backend: str) -> str:
 def check_backend(backend: str, device: str, seed: int, budget_seconds: float) -> SelfTest:
     """Run the cases one after the other until one fails or the time is up; whatever a backend raises is a failure."""
     began, done, worst, longest = time.perf_counter(), 0, 0.0, 0.0
-    total = 2 * len(OBJECTIVES)
 
     def outcome(status: str, why: str = "") -> SelfTest:
-        count = f"{done} of {total}"
+        count = f"{done} of {CASES}"
         return SelfTest(backend, device, status, why, count, worst, time.perf_counter() - began)
 
-    for objective, batch, logprobs, entropy, sum_sq in cases(seed, device):
+    for what, error_of in cases(seed, device):
         started = time.perf_counter()
         if done and started - began + longest > budget_seconds:
             break
-        kind = "packed" if batch.cu_seqlens is not None else "padded"
-        what = f"{type(objective.policy).__name__} ({kind})"
         try:
-            worst = max(worst, _compare(backend, objective, batch, logprobs, entropy, sum_sq))
+            worst = max(worst, error_of(backend))
         except WrongResult as error:
             return outcome("failed", f"{what}: {error}")
         except Exception as error:  # whatever a broken backend raises is the finding
@@ -105,7 +110,51 @@ def check_backend(backend: str, device: str, seed: int, budget_seconds: float) -
     return outcome("passed")
 
 
-def cases(seed: int, device: str) -> Iterator[tuple[HybridObjective, TokenBatch, Tensor, Tensor, Tensor]]:
+def cases(seed: int, device: str) -> list[tuple[str, Callable[[str], float]]]:
+    """What is tested, and the function from a backend to its largest error. The first two begin at log-probs and at
+    logits."""
+    tokens = [
+        (_name(objective, batch), partial(_compare, objective=objective, batch=batch, values=values))
+        for objective, batch, *values in token_cases(seed, device)
+    ]
+    rows = [
+        (f"{_name(objective, batch)} from {logits.dtype} logits", partial(_compare_logits, objective, batch, logits))
+        for objective, batch, logits in logit_cases(seed, device)
+    ]
+    return [tokens[0], rows[0], *tokens[1:], *rows[1:]]
+
+
+def _name(objective: HybridObjective, batch: TokenBatch) -> str:
+    return f"{type(objective.policy).__name__} ({'packed' if batch.cu_seqlens is not None else 'padded'})"
+
+
+def logit_cases(seed: int, device: str) -> Iterator[tuple[HybridObjective, TokenBatch, Tensor]]:
+    """Each objective in float32 and bfloat16, off-policy, with a dead place that holds nan."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    S, T, V = LOGIT_SHAPE
+    logits = 3.0 * torch.randn(S, T, V, generator=generator)
+    targets = torch.randint(0, V, (S, T), generator=generator)
+    mask = torch.arange(T) < torch.tensor([T, T - 1, T, T])[:, None]
+    exact = reference.token_logprobs(logits.double(), targets).logprobs
+    assert exact is not None
+    noise = 0.2 * torch.randn(2, S, T, generator=generator)
+    tokens = {
+        "old_logprobs": (exact + noise[0]).float().to(device),
+        "ref_logprobs": (exact + noise[1]).float().to(device),
+        "base_logits": (logits + torch.randn(S, T, V, generator=generator)).to(device),
+    }
+    advantages = torch.tensor([0.7, -1.1, 0.4, 0.2], device=device)
+    expert = torch.tensor([False, False, True, False], device=device)
+    batch = TokenBatch.from_padded(
+        targets.to(device), mask.to(device), is_expert_S=expert, advantages=advantages, **tokens
+    )
+    logits = torch.where(mask[..., None], logits, torch.nan).to(device)
+    for objective in FROM_LOGITS:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield objective, batch, logits.to(dtype)
+
+
+def token_cases(seed: int, device: str) -> Iterator[tuple[HybridObjective, TokenBatch, Tensor, Tensor, Tensor]]:
     """Each objective padded and packed, off-policy, ragged, with a sequence without tokens and nan where masked."""
     generator = torch.Generator().manual_seed(seed)
     shape = S, T = SEQUENCES, TOKENS
@@ -147,11 +196,10 @@ def cases(seed: int, device: str) -> Iterator[tuple[HybridObjective, TokenBatch,
         yield objective, packed, *flat
 
 
-def _compare(
-    backend: str, objective: HybridObjective, batch: TokenBatch, logprobs: Tensor, entropy: Tensor, sum_sq: Tensor
-) -> float:
-    """Largest error of every output of one case, in units of its bound."""
-    dtype, mu = torch.float32, torch.tensor(MU, device=logprobs.device)
+def _compare(backend: str, objective: HybridObjective, batch: TokenBatch, values: Sequence[Tensor]) -> float:
+    """Largest error of every output of one case from log-probs, in units of its bound."""
+    logprobs, entropy, sum_sq = values
+    mu = torch.tensor(MU, device=logprobs.device)
     leaves = [value.detach().clone().requires_grad_() for value in (logprobs, entropy)]
     with library.use_backend(backend):
         got = hybrid_loss(leaves[0], batch, objective, mu, entropy=leaves[1], sum_sq=sum_sq)
@@ -165,15 +213,34 @@ def _compare(
         torch.zeros_like(leaf) if gradient is None else gradient
         for leaf, gradient in zip(exact, torch.autograd.grad(want.loss, exact, allow_unused=True), strict=True)
     ]
-    # What rounding the inputs moves the loss by; its parts are not weighted with mu, hence the division.
-    size = torch.where(batch.mask, logprobs.detach().abs() + 1.0, 0.0)
-    condition = (want_gradients[0].abs() * size).sum() / MU
+    worst = _largest(got, want, torch.where(batch.mask, logprobs.detach(), 0.0), want_gradients[0])
+    for name, value, exact_value in zip(("gradient", "entropy gradient"), gradients, want_gradients, strict=True):
+        worst = max(worst, compare(name, value, exact_value, elementwise_bound(exact_value, torch.float32)))
+    return worst
+
+
+def _compare_logits(objective: HybridObjective, batch: TokenBatch, logits: Tensor, backend: str) -> float:
+    """The same from logits, gradient in place; 16-bit gradients are rounded to their own precision."""
+    mu, transform = torch.tensor(MU, device=logits.device), LogitTransform(0.8, softcap=20.0)
+    leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    with library.use_backend(backend):
+        got = hybrid_loss_from_logits(leaf, batch, objective, mu, transform=transform, inplace=True)
+        (gradient,) = torch.autograd.grad(got.loss, leaf)
+    want = reference.hybrid_loss_from_logits(exact, _double(batch), objective, mu.double(), transform=transform)
+    (want_gradient,) = torch.autograd.grad(want.loss, exact)
+    worst = _largest(got, want, want.logprobs, want_gradient.abs().sum(-1))
+    return max(worst, compare("gradient", gradient, want_gradient, elementwise_bound(want_gradient, logits.dtype)))
+
+
+def _largest(got: HybridLoss, want: HybridLoss, logprobs: Tensor, slopes: Tensor) -> float:
+    """Largest error of everything but the gradient. ``slopes``: by which rounding of the log-probs moves the loss."""
+    dtype = torch.float32
+    # Its parts are not weighted with mu, hence the division.
+    condition = (slopes.abs() * torch.where(slopes == 0, 0.0, logprobs.abs() + 1.0)).sum() / MU
     worst = 0.0
     for name in ("loss", "policy_loss", "supervised_loss", "kl", "entropy"):
         value = getattr(want, name)
         worst = max(worst, compare(name, getattr(got, name), value, scalar_bound(value, dtype, condition)))
-    for name, value, exact_value in zip(("gradient", "entropy gradient"), gradients, want_gradients, strict=True):
-        worst = max(worst, compare(name, value, exact_value, elementwise_bound(exact_value, dtype)))
     worst = max(worst, compare("logprobs", got.logprobs, want.logprobs, elementwise_bound(want.logprobs, dtype)))
     rows = want.signals.rows
     worst = max(worst, compare("signals", got.signals.rows, rows, column_bound(rows, dtype)))
@@ -183,6 +250,6 @@ def _compare(
 
 
 def _double(batch: TokenBatch) -> TokenBatch:
-    floats = ("advantages", "old_logprobs", "ref_logprobs", "rollout_weights")
+    floats = ("advantages", "old_logprobs", "ref_logprobs", "rollout_weights", "base_logits")
     values = {name: value.double() for name in floats if (value := getattr(batch, name)) is not None}
     return replace(batch, **values)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 from ..config import ControllerConfig
 from ..controller import GuidedAdaptiveController
 from ..objectives import HybridObjective
-from ..ops import hybrid_loss, signals_from_logprobs, token_logprobs
+from ..ops import hybrid_loss_from_logits, signals_from_logprobs, token_logprobs
 from ..signals import Signals
 from ..train.config import TrainConfig
 from ..train.model import build_model
@@ -119,7 +119,9 @@ class Workload:
         self.times: list[ControllerTime] = []
         self._synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         with torch.no_grad():
-            self._logprobs = self._forward()
+            stats = token_logprobs(self._forward(), batch.targets, mask=batch.mask, outputs=("logprobs",))
+        assert stats.logprobs is not None
+        self._logprobs = stats.logprobs
 
     def step_without(self, _: object = None) -> None:
         """A training step at a fixed mu: nothing is observed."""
@@ -143,16 +145,13 @@ class Workload:
 
     def _update(self, mu: Tensor) -> Signals:
         self.optimizer.zero_grad(set_to_none=True)
-        result = hybrid_loss(self._forward(), self.batch, self.objective, mu)
+        result = hybrid_loss_from_logits(self._forward(), self.batch, self.objective, mu, inplace=True)
         result.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return result.signals
 
     def _forward(self) -> Tensor:
-        """Log-probs of the responses."""
-        length = self.batch.targets.shape[1]
-        logits = self.model(self.ids, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-        logprobs = token_logprobs(logits, self.batch.targets, mask=self.batch.mask, outputs=("logprobs",)).logprobs
-        assert logprobs is not None
-        return logprobs
+        """Logits of the responses."""
+        places = torch.arange(self.ids.shape[1] - self.batch.targets.shape[1] - 1, self.ids.shape[1] - 1)
+        return self.model(self.ids, use_cache=False, logits_to_keep=places.to(self.ids.device)).logits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,13 +22,17 @@ def transformed(logits: Tensor, transform: LogitTransform, rows_S: Tensor | None
 
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, mask: Tensor | None = None, transform: LogitTransform | None = None
-) -> TokenLogprobs:
-    """Log-prob, entropy and sum of p squared of each row; select before arithmetic, so masked rows hold 0."""
+    logits: Tensor, targets: Tensor, mask: Tensor | None = None, transform: LogitTransform | None = None,
+    temperature: Tensor | None = None,
+) -> TokenLogprobs:  # fmt: skip
+    """Log-prob, entropy and sum of p squared of each row; select before arithmetic, so masked rows hold 0.
+
+    A temperature a sequence goes with the first dimension of ``targets``; ``temperature`` is one a target.
+    """
     transform = transform or LogitTransform()
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    rows = None
-    if isinstance(transform.temperature, Tensor):
+    rows = None if temperature is None else temperature.to(dtype)
+    if rows is None and isinstance(transform.temperature, Tensor):
         rows = transform.temperature.to(dtype).view(-1, *(1,) * (targets.ndim - 1)).expand(targets.shape)
     live = targets.ne(-100) if mask is None else mask.bool() & targets.ne(-100)
     z = transformed(torch.where(live[..., None], logits.to(dtype), 0.0), transform, rows)
@@ -68,18 +71,17 @@ def hybrid_loss_from_logits(
 ) -> HybridLoss:
     """The hybrid loss of ``(*targets.shape, V)`` logits, GIFT included; keeps every intermediate, as eager does."""
     transform = transform or LogitTransform()
+    heat = None
     if isinstance(transform.temperature, Tensor):  # one a sequence: give each token its own
-        token_N = Segments.of(batch).expand(transform.temperature).view(batch.targets.shape)
-        logits = transformed(logits, replace(transform, temperature=1.0)) / token_N[..., None]
-        transform = LogitTransform()
-    out = token_logprobs(logits, batch.targets, batch.mask, transform)
+        heat = Segments.of(batch).expand(transform.temperature).view(batch.targets.shape)
+    out = token_logprobs(logits, batch.targets, batch.mask, transform, heat)
     assert out.logprobs is not None
     supervised_N = None
     if isinstance(objective.supervised, GIFT):
         if batch.base_logits is None:
             raise ValueError("batch.base_logits must be given: GIFT compares with the base model")
         live = batch.mask[..., None]
-        z = transformed(torch.where(live, logits, 0.0), transform)
+        z = transformed(torch.where(live, logits, 0.0), transform, heat)
         base = torch.where(live, batch.base_logits.to(z.dtype), 0.0)
         supervised_N = gift_loss(z, base, torch.where(batch.mask, batch.targets, 0), objective.supervised).reshape(-1)
     return hybrid_loss(

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..objectives import NLL, HybridObjective
-from ..ops import hybrid_loss
+from ..ops import hybrid_loss_from_logits
 from ..types import Denominators, HybridLoss
 from .collect import Collector
 from .config import TrainConfig
 from .mixing import build_mixing
 from .model import build_model, stop_tokens
-from .rollouts import Codec, RolloutBatch, token_statistics
+from .rollouts import Codec, RolloutBatch, response_logits, response_logprobs, sampled_transform
 from .tasks import build_task
 
 _WARM_START = HybridObjective(supervised=NLL("none"))
@@ -185,8 +185,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for rows in batch.micro_batches():
             tokens = rows.token_batch()
-            logprobs, entropy, sum_sq = token_statistics(self.model, rows, self.config.temperature)
-            result = hybrid_loss(logprobs, tokens, objective, mu, entropy=entropy, sum_sq=sum_sq, denominators=counts)
+            result = hybrid_loss_from_logits(
+                response_logits(self.model, rows), tokens, objective, mu,
+                transform=sampled_transform(rows, self.config.temperature), inplace=True, denominators=counts,
+            )  # fmt: skip
             (scale * result.loss).backward()
             parts.append((result, rows.count("token-mean", expert=False)))
             if not warming:
@@ -219,7 +221,7 @@ class Trainer:
     def _logprobs(self, model: PreTrainedModel, batch: RolloutBatch) -> Tensor:
         """``(S, T)`` by the micro-batches of training, so that no rounding differs from theirs."""
         with torch.no_grad():
-            parts = [token_statistics(model, rows, self.config.temperature)[0] for rows in batch.micro_batches()]
+            parts = [response_logprobs(model, rows, self.config.temperature) for rows in batch.micro_batches()]
         return torch.cat(parts)
 
     def _new_optimizer(self) -> torch.optim.AdamW:

@@ -139,30 +139,38 @@ class RolloutBatch:
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
 
-def token_statistics(model: PreTrainedModel, rows: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy (nats) and sum of p^2 of every response token, each ``(S, T)``; 0 outside ``response_mask``.
-
-    The one forward pass of training: old and reference log-probs come from here too, so that on-policy ratios are
-    exactly 1. Rollouts are scored at the temperature that sampled them, demonstrations at 1.
-    """
+def response_logits(model: PreTrainedModel, rows: RolloutBatch) -> Tensor:
+    """``(S, T, V)``: the logits that predict the response tokens, and no others. The one forward pass of training: old
+    and reference log-probs come from here too, so that on-policy ratios are exactly 1."""
     prompt_mask, length = rows.prompt_mask, rows.targets.shape[1]
     mask = torch.cat([prompt_mask, prompt_mask.new_ones(prompt_mask.shape[0], length)], dim=1).long()
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    output = model(
+    first = prompt_mask.shape[1] - 1  # the last prompt token predicts the first of the response
+    return model(
         input_ids=rows.input_ids,
         attention_mask=mask,
         position_ids=positions,
         use_cache=False,
-        logits_to_keep=length + 1,
-    )
+        logits_to_keep=torch.arange(first, first + length, device=mask.device),
+    ).logits
+
+
+def sampled_transform(rows: RolloutBatch, temperature: float) -> LogitTransform:
+    """Rollouts are scored at the temperature that sampled them, demonstrations at 1."""
     if temperature == 1.0:
-        transform = LogitTransform()
-    else:
-        sampled_at = torch.full(rows.is_expert.shape, temperature, dtype=torch.float64, device=rows.is_expert.device)
-        transform = LogitTransform(sampled_at.masked_fill(rows.is_expert, 1.0))
-    stats = token_logprobs(output.logits[:, :-1], rows.targets, mask=rows.response_mask, transform=transform)
-    assert stats.logprobs is not None and stats.entropy is not None and stats.sum_sq is not None
-    return stats.logprobs, stats.entropy, stats.sum_sq
+        return LogitTransform()
+    heat_S = torch.full(rows.is_expert.shape, temperature, dtype=torch.float64, device=rows.is_expert.device)
+    return LogitTransform(heat_S.masked_fill(rows.is_expert, 1.0))
+
+
+def response_logprobs(model: PreTrainedModel, rows: RolloutBatch, temperature: float) -> Tensor:
+    """Log-prob of every response token, ``(S, T)``; 0 outside ``response_mask``."""
+    out = token_logprobs(
+        response_logits(model, rows), rows.targets, mask=rows.response_mask,
+        transform=sampled_transform(rows, temperature), outputs=("logprobs",),
+    )  # fmt: skip
+    assert out.logprobs is not None
+    return out.logprobs
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,16 @@ from transformers import GenerationConfig
 
 import gac_kernels as gk
 from gac_kernels.train.model import build_model, stop_tokens, tiny_model
-from gac_kernels.train.rollouts import Answered, Codec, Sampling, assemble, generate, token_statistics
+from gac_kernels.train.rollouts import (
+    Answered,
+    Codec,
+    Sampling,
+    assemble,
+    generate,
+    response_logits,
+    response_logprobs,
+    sampled_transform,
+)
 from gac_kernels.train.tasks import Example, build_task
 from gac_kernels.train.tokenizer import character_tokenizer
 
@@ -74,7 +83,12 @@ def test_micro_batches_hold_whole_groups_and_their_counts_add_up(policy):
 def test_log_probs_are_those_of_each_row_alone_at_its_own_temperature(policy, temperature):
     model, codec = policy
     _, _, batch = rows(codec)
-    logprobs, entropy, sum_sq = token_statistics(model, batch, temperature)
+    logits = response_logits(model, batch)
+    out = gk.hybrid_loss_from_logits(
+        logits, batch.token_batch(), gk.HybridObjective(), 0.5, transform=sampled_transform(batch, temperature)
+    )
+    logprobs, entropy = out.logprobs, out.token_entropy
+    assert response_logprobs(model, batch, temperature).equal(logprobs)
     width = batch.prompt_mask.shape[1]
     for i in range(len(batch.is_expert)):
         prompt = batch.input_ids[i, :width][batch.prompt_mask[i]]
@@ -85,7 +99,6 @@ def test_log_probs_are_those_of_each_row_alone_at_its_own_temperature(policy, te
         n = len(response)
         torch.testing.assert_close(logprobs[i, :n], logps.gather(-1, response[:, None])[:, 0], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(entropy[i, :n], -(logps.exp() * logps).sum(-1), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(sum_sq[i, :n], logps.exp().square().sum(-1), rtol=1e-9, atol=1e-9)
         assert logprobs[i, n:].eq(0).all()
 
 
