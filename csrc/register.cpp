@@ -8,8 +8,12 @@
 
 #include "cpu/isa.h"
 #include "cpu/token_loss_op.h"
+#include "cpu/token_weights_op.h"
 
-STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) { m.impl("token_loss", TORCH_BOX(&gac::token_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) {
+    m.impl("token_loss", TORCH_BOX(&gac::token_loss));
+    m.impl("token_weights", TORCH_BOX(&gac::token_weights));
+}
 
 namespace {
 

@@ -202,7 +202,7 @@ def test_many_groups():
         (REF, torch.zeros(20)[::2], "ref_logprobs must be contiguous"),
         (MU, torch.zeros(2), "mu must have 1 elements, got 2"),
         (16, 8, r"policy must be in \[0, 7\], got 8"),
-        (16, 7, "groups must be given for DFPO"),
+        (17, 7, "groups must be given for DFPO"),
     ],
 )
 def test_arguments_are_checked_by_name(position, value, message):

@@ -12,7 +12,9 @@ namespace gac {
 template <class T>
 struct Streams {
     const uint8_t* mask;
-    const T *logp, *old, *reference, *rollout, *entropy, *sum_sq, *advantage;
+    const T *logp, *old, *reference, *rollout, *entropy, *sum_sq;
+    const T* supervised;  // values of the supervised term of demonstrations, where they are no multiple of logp
+    const T* advantage;
     T *logp_out, *slope, *entropy_slope;
 };
 
@@ -70,5 +72,9 @@ extern const TokenLossStages<float> token_loss_avx512, token_loss_avx2;
 #endif
 extern const TokenLossStages<float> token_loss_portable;
 extern const TokenLossStages<double> token_loss_double;
+
+// Those of this CPU.
+template <class T>
+const TokenLossStages<T>& token_loss_stages();
 
 }  // namespace gac

@@ -1,22 +1,19 @@
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
 #include <tuple>
+
+#include "tensors.h"
 
 namespace gac {
 
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// gac_kernels::token_loss; the schema, the shapes and what is returned stand in gac_kernels/library.py.
+// gac_kernels::token_loss; the schema, the shapes and what is returned stand in gac_kernels/schemas.py.
 Outputs token_loss(
     Tensor logprobs, Tensor mask, OptionalTensor cu_seqlens, int64_t seq_len, Tensor is_expert,
     OptionalTensor advantages, bool token_advantages, OptionalTensor old_logprobs, OptionalTensor ref_logprobs,
-    OptionalTensor rollout_weights, OptionalTensor entropy, OptionalTensor sum_sq, OptionalTensor groups, Tensor mu,
+    OptionalTensor rollout_weights, OptionalTensor entropy, OptionalTensor sum_sq, OptionalTensor supervised,
+    OptionalTensor groups, Tensor mu,
     OptionalTensor policy_denominator, OptionalTensor supervised_denominator, int64_t policy, double p0, double p1,
     double p2, bool phi, double kl_coef, int64_t kl_estimator, bool kl_ratio_weighted, double entropy_coef,
     int64_t aggregation, int64_t supervised_aggregation, double norm_length);

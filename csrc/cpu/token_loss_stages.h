@@ -58,7 +58,11 @@ void evaluate_expert(const TokenLoss<typename V::Scalar>& p, int64_t s) {
             logp.store(at.logp_out + i);
             (scale * cs).store(at.slope + i);
             if (at.entropy_slope) V(0).store(at.entropy_slope + i);
-            sum[Loss] = Phi ? add_supervised_loss(sum[Loss], cs, logp) : sum[Loss] - logp;
+            if (!Phi && at.supervised) {
+                sum[Loss] = sum[Loss] + V::load(at.supervised + i, live);
+            } else {
+                sum[Loss] = Phi ? add_supervised_loss(sum[Loss], cs, logp) : sum[Loss] - logp;
+            }
             sum[Logp] = sum[Logp] + logp;
             sum[Cs] = sum[Cs] + cs;
             sum[Cs2] = fma(cs, cs, sum[Cs2]);

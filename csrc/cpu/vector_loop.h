@@ -16,7 +16,7 @@ template <class T>
 GAC_INLINE Streams<T> advance(const Streams<T>& s, int64_t i) {
     auto at = [i](auto* p) { return p ? p + i : p; };
     return {at(s.mask), at(s.logp), at(s.old), at(s.reference), at(s.rollout), at(s.entropy), at(s.sum_sq),
-            at(s.advantage), at(s.logp_out), at(s.slope), at(s.entropy_slope)};
+            at(s.supervised), at(s.advantage), at(s.logp_out), at(s.slope), at(s.entropy_slope)};
 }
 
 // The last tokens of a sequence, too few for a vector, copied to where a whole vector can be read and written; the
@@ -26,7 +26,7 @@ struct Tail {
     using T = typename V::Scalar;
     static constexpr int L = V::Lanes;
     uint8_t mask[L];
-    T in[7][L], out[3][L] = {};
+    T in[8][L], out[3][L] = {};
 
     Streams<T> gather(const Streams<T>& s, int64_t n) {
         auto copy = [n](const auto* from, auto* to) {
@@ -34,8 +34,8 @@ struct Tail {
             return from ? to : nullptr;
         };
         return {copy(s.mask, mask), copy(s.logp, in[0]), copy(s.old, in[1]), copy(s.reference, in[2]),
-                copy(s.rollout, in[3]), copy(s.entropy, in[4]), copy(s.sum_sq, in[5]), copy(s.advantage, in[6]),
-                s.logp_out ? out[0] : nullptr, s.slope ? out[1] : nullptr, s.entropy_slope ? out[2] : nullptr};
+                copy(s.rollout, in[3]), copy(s.entropy, in[4]), copy(s.sum_sq, in[5]), copy(s.supervised, in[6]),
+                copy(s.advantage, in[7]), s.logp_out ? out[0] : nullptr, s.slope ? out[1] : nullptr, s.entropy_slope ? out[2] : nullptr};
     }
     void scatter(const Streams<T>& s, int64_t n) const {
         T* const to[3] = {s.logp_out, s.slope, s.entropy_slope};
