@@ -87,7 +87,7 @@ class Tokens:
         advantages = batch.advantages
         if advantages is None:  # demonstrations only; a rollout row, were there one, must not pass for a zero
             advantages = torch.full((batch.num_sequences,), math.nan, device=live_N.device, dtype=dtype)
-        if advantages.shape == batch.is_expert.shape and advantages.shape != batch.targets.shape:
+        if advantages.shape == batch.is_expert.shape:  # where S = N as well: one a sequence
             advantages = segments.expand(advantages)
         return cls(
             segments, live_N, policy_N, select(advantages), flat(batch.old_logprobs), flat(batch.ref_logprobs),
