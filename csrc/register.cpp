@@ -7,12 +7,18 @@
 #include <exception>
 
 #include "cpu/isa.h"
+#include "cpu/rows_op.h"
 #include "cpu/token_loss_op.h"
 #include "cpu/token_weights_op.h"
 
 STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) {
     m.impl("token_loss", TORCH_BOX(&gac::token_loss));
     m.impl("token_weights", TORCH_BOX(&gac::token_weights));
+    m.impl("row_statistics", TORCH_BOX(&gac::row_statistics));
+    m.impl("row_gradient", TORCH_BOX(&gac::row_gradient));
+    m.impl("row_gradient_", TORCH_BOX(&gac::row_gradient_));
+    m.impl("fused_rows", TORCH_BOX(&gac::fused_rows));
+    m.impl("fused_rows_", TORCH_BOX(&gac::fused_rows_));
 }
 
 namespace {

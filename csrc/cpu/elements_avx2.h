@@ -1,0 +1,71 @@
+// Elements in memory to and from AVX2 lanes (with F16C). See elements_avx512.h.
+#pragma once
+
+#include "rows.h"
+#include "vec_avx2.h"
+
+namespace GAC_NAMESPACE {
+
+struct FloatElements {
+    using Stored = float;
+    static constexpr int Vectors = 1, Group = 8;
+    static constexpr Stored kLowest = -__builtin_huge_valf(), kNan = __builtin_nanf("");
+
+    static GAC_INLINE void load(const Stored* x, Vec (&v)[1]) { v[0] = Vec::load(x); }
+    static GAC_INLINE void store(Stored* x, const Vec (&v)[1]) { v[0].store(x); }
+    static GAC_INLINE float widen(Stored x) { return x; }
+};
+
+struct Bfloat16Elements {
+    using Stored = uint16_t;
+    static constexpr int Vectors = 2, Group = 16;
+    static constexpr Stored kLowest = 0xff80, kNan = 0x7fc0;
+
+    static GAC_INLINE void load(const Stored* x, Vec (&v)[2]) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+        v[0] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+        v[1] = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+    }
+    static GAC_INLINE __m256i rounded(Vec v) {
+        const __m256i bits = _mm256_castps_si256(v.v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    }
+    static GAC_INLINE void store(Stored* x, const Vec (&v)[2]) {
+        const __m256i even = _mm256_srli_epi32(rounded(v[0]), 16);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm256_blend_epi16(even, rounded(v[1]), 0xaa));
+    }
+    static GAC_INLINE float widen(Stored x) {
+        const uint32_t bits = static_cast<uint32_t>(x) << 16;
+        float out;
+        __builtin_memcpy(&out, &bits, sizeof out);
+        return out;
+    }
+};
+
+struct HalfElements {
+    using Stored = uint16_t;
+    static constexpr int Vectors = 1, Group = 8;
+    static constexpr Stored kLowest = 0xfc00, kNan = 0x7e00;
+
+    static GAC_INLINE void load(const Stored* x, Vec (&v)[1]) {
+        v[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    }
+    static GAC_INLINE void store(Stored* x, const Vec (&v)[1]) {
+        const __m128i half = _mm256_cvtps_ph(v[0].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(x), half);
+    }
+    static GAC_INLINE float widen(Stored x) { return _cvtsh_ss(x); }
+};
+
+// 2^t with a relative error below 8e-5, for gradients that are rounded to 16 bits; 0 below -126.
+GAC_INLINE Vec exp2_short(Vec t) {
+    const Vec shift(12582912.0), lowest(-126), bounded = greater(lowest, t);
+    const Vec biased = bounded + shift, n = biased - shift, f = bounded - n;
+    Vec p = fma(Vec(0.0551716685), f, Vec(0.242611125));
+    p = fma(p, f, Vec(0.693260968));
+    p = fma(p, f, Vec(0.999928057));
+    return select(t < lowest, Vec(0), scale_by_power(p, n, biased));
+}
+
+}  // namespace GAC_NAMESPACE

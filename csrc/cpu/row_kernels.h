@@ -1,0 +1,336 @@
+// The row primitives over many rows: which passes a row takes, and the token's slope between them.
+#pragma once
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "row_passes.h"
+
+namespace GAC_NAMESPACE {
+
+using gac::Element;
+using gac::Grid;
+using gac::kDead;
+using gac::kDemonstration;
+using gac::kRollout;
+using gac::RowsCall;
+
+// Denormal numbers cost hundreds of cycles each and mean nothing here: probabilities below 1e-38.
+struct WithoutDenormals {
+#if defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+    WithoutDenormals() { _mm_setcsr(before | 0x8040); }  // flush to zero, denormals are zero
+    ~WithoutDenormals() { _mm_setcsr(before); }
+#endif
+};
+
+template <class T>
+GAC_INLINE int64_t target_of(const RowsCall<T>& c, int64_t n) {
+    return c.wide_targets ? static_cast<const int64_t*>(c.targets)[n] : static_cast<const int32_t*>(c.targets)[n];
+}
+
+struct Slopes {
+    double logp, entropy;  // d loss / d logp and d loss / d entropy, rounded to T
+};
+
+// Of a rollout's token, by the formulas that token_loss uses, in one lane.
+template <class V, class Policy>
+double policy_slope(const RowsCall<typename V::Scalar>& c, int64_t n, typename V::Scalar logp) {
+    static constexpr uint8_t kLive[64] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    const auto of = [n](const auto* tokens) { return V(static_cast<double>(tokens[n])); };
+    const auto live = V::live(kLive);
+    const TokenLossParameters& o = c.term;
+    const Policy policy({o.p0, o.p1, o.p2});
+    const V x(static_cast<double>(logp)), advantage = c.advantage ? of(c.advantage) : V(__builtin_nan(""));
+    const Ratio<V> r = importance_ratio(x, c.old ? of(c.old) : on_policy_old(x), live);
+    V slope = policy(x, advantage, r, Coupling<V>{V(0), V(0)}).slope;
+    if (c.rollout) slope = slope * of(c.rollout);
+    if (c.reference && o.kl_coef != 0)
+        slope = slope + V(o.kl_coef) * kl_term(o.kl_estimator, o.kl_ratio_weighted, x, of(c.reference), r).slope;
+    return first_lane(of(c.weight) * slope);
+}
+
+template <class V>
+Slopes token_slopes(const RowsCall<typename V::Scalar>& c, int64_t n, typename V::Scalar logp) {
+    const V weight(static_cast<double>(c.weight[n]));
+    if (c.kind[n] == kDemonstration) {
+        const V cs = c.term.phi ? phi_slope(exp(V(static_cast<double>(logp)))) : V(-1);
+        return {first_lane(weight * cs), 0};
+    }
+    const double bonus = first_lane(weight * V(-c.term.entropy_coef));
+    switch (c.term.policy) {
+        case kSigmoid: return {policy_slope<V, SapoTerm<V, SigmoidGate>>(c, n, logp), bonus};
+        case kErf: return {policy_slope<V, SapoTerm<V, ErfGate>>(c, n, logp), bonus};
+        case kArctan: return {policy_slope<V, SapoTerm<V, ArctanGate>>(c, n, logp), bonus};
+        case kSoftsign: return {policy_slope<V, SapoTerm<V, SoftsignGate>>(c, n, logp), bonus};
+        case kGrpo: return {policy_slope<V, GrpoTerm<V>>(c, n, logp), bonus};
+        default: return {policy_slope<V, CispoTerm<V>>(c, n, logp), bonus};
+    }
+}
+
+template <class V, class E>
+struct Rows {
+    using T = typename V::Scalar;
+    using Stored = typename E::Stored;
+    using Call = RowsCall<T>;
+
+    static void statistics(const Call& c, int64_t begin, int64_t end, T* scratch) {
+        c.softcap > 0 ? over<true, kStatistics>(c, begin, end, scratch)
+                      : over<false, kStatistics>(c, begin, end, scratch);
+    }
+    static void gradient(const Call& c, int64_t begin, int64_t end, T* scratch) {
+        c.softcap > 0 ? over<true, kGradient>(c, begin, end, scratch) : over<false, kGradient>(c, begin, end, scratch);
+    }
+    static void fused(const Call& c, int64_t begin, int64_t end, T* scratch) {
+        c.softcap > 0 ? over<true, kFused>(c, begin, end, scratch) : over<false, kFused>(c, begin, end, scratch);
+    }
+
+private:
+    enum Task { kStatistics, kGradient, kFused };
+
+    // What one row is worked on with.
+    template <bool Capped>
+    struct Row {
+        int64_t n, columns, target;
+        const Stored* x;
+        Stored* out;
+        Transform<V, Capped> transform;
+        T *block_top, *base_block;
+        Moments m;
+        double target_raw;   // the target's logit, kept because `out` may be `x`
+        double target_logp;
+        Gift gift;
+    };
+
+    template <bool Capped, Task task>
+    static void over(const Call& c, int64_t begin, int64_t end, T* scratch) {
+        const WithoutDenormals guard;
+        for (int64_t n = begin; n < end; ++n) {
+            if (c.kind[n] == kDead) {
+                clear<task>(c, n, 0);
+                continue;
+            }
+            const int64_t target = target_of(c, n);
+            if (target < 0 || target >= c.columns) {
+                clear<task>(c, n, static_cast<T>(__builtin_nan("")));
+                continue;
+            }
+            const double heat = c.temperature ? static_cast<double>(c.temperature[n]) : c.temperature_value;
+            Row<Capped> row{
+                n, c.columns, target, reinterpret_cast<const Stored*>(c.logits.row(n)),
+                c.gradient.data ? reinterpret_cast<Stored*>(c.gradient.row(n)) : nullptr,
+                Transform<V, Capped>(c.scale, c.softcap, heat), scratch, scratch + c.columns / kBlockColumns + 1,
+                {}, 0, 0, {}};
+            row.target_raw = static_cast<double>(E::widen(row.x[target]));
+            one<Capped, task>(c, row);
+        }
+    }
+
+    template <bool Capped, Task task>
+    static void one(const Call& c, Row<Capped>& row) {
+        const int64_t n = row.n;
+        const bool gift = c.base.data && c.kind[n] == kDemonstration;
+        const bool bonus = task == kFused ? c.term.entropy_coef != 0 && c.kind[n] == kRollout
+                                          : task == kGradient && c.entropy_slope;
+        constexpr bool kCanStore = task == kFused && !Capped && sizeof(Stored) == sizeof(T);
+        const bool store = kCanStore && !bonus && !gift;
+        if constexpr (task == kGradient) {
+            const T* const given = c.given_normalizer + n * (c.base.data ? 4 : 2);
+            row.m = {static_cast<double>(given[0]), static_cast<double>(given[1]), static_cast<double>(c.given_entropy[n]), 0};
+        } else if (kCanStore && store) {
+            row.m = measure_row<V, E, Capped, kCanStore>(row.x, row.columns, row.transform, row.out, row.block_top);
+        } else {
+            row.m = measure_row<V, E, Capped, false>(row.x, row.columns, row.transform, nullptr, nullptr);
+        }
+        const V raw(row.target_raw);
+        row.target_logp = first_lane(row.transform.above(raw, V(row.m.top))) - row.m.log_sum;
+        if (gift) row.gift = gift_of(c, row, task == kGradient ? c.given_normalizer + 4 * n + 2 : nullptr);
+        if constexpr (task != kGradient) {
+            c.logprobs[n] = static_cast<T>(row.target_logp);
+            c.entropy[n] = static_cast<T>(row.m.entropy);
+            c.sum_sq[n] = static_cast<T>(row.m.sum_sq);
+            if (c.normalizer) {
+                T* const to = c.normalizer + n * (c.base.data ? 4 : 2);
+                to[0] = static_cast<T>(row.m.top);
+                to[1] = static_cast<T>(row.m.log_sum);
+                if (c.base.data) {
+                    to[2] = gift ? static_cast<T>(row.gift.top) : T(0);
+                    to[3] = gift ? static_cast<T>(row.gift.log_sum) : T(0);
+                }
+            }
+            if (c.supervised) c.supervised[n] = gift ? static_cast<T>(cross_entropy(c, row)) : T(0);
+        }
+        if constexpr (task == kStatistics) return;
+        Slopes slopes;
+        if constexpr (task == kFused) {
+            slopes = token_slopes<V>(c, n, static_cast<T>(row.target_logp));
+        } else {
+            slopes = {static_cast<double>(c.slope[n]), bonus ? static_cast<double>(c.entropy_slope[n]) : 0};
+        }
+        if (!(row.m.log_sum - row.m.log_sum == 0) || !(slopes.logp - slopes.logp == 0)) {
+            fill(row.out, row.columns, __builtin_nan(""));  // what is not finite anywhere is nan everywhere
+            return;
+        }
+        write<Capped, task>(c, row, slopes, bonus, gift, store);
+    }
+
+    template <bool Capped, Task task>
+    static void write(const Call& c, Row<Capped>& row, Slopes slopes, bool bonus, bool gift, bool store) {
+        const double coefficient = -slopes.logp * row.transform.slope;
+        bool written = false;
+        if constexpr (!Capped) {
+            if (store) {
+                gradient_of_stored<V, E>(row.out, row.columns, coefficient, row.m, row.block_top);
+                written = true;
+            } else if (sizeof(Stored) == 2 && !bonus && !gift) {
+                if constexpr (sizeof(Stored) == 2)
+                    short_gradient<V, E>(row.x, row.out, row.columns, coefficient, row.m, row.transform);
+                written = true;
+            }
+        }
+        if (!written) general<Capped>(c, row, slopes, gift);
+        // The target's own column, which has the other part of t - p.
+        const double p = __builtin_exp(row.target_logp), away = -__builtin_expm1(row.target_logp);
+        const double own = gift ? row.gift.target - p : away;
+        const double log_p = row.target_logp > -1e30 ? row.target_logp : 0;
+        const double value = slopes.logp * own - slopes.entropy * (p * (log_p + row.m.entropy));
+        put(row.out, row.target, value * first_lane(row.transform.derivative(V(row.target_raw))));
+    }
+
+    // Any gradient: soft cap, entropy bonus, GIFT.
+    template <bool Capped>
+    static __attribute__((noinline)) void general(const Call& c, const Row<Capped>& row, Slopes slopes, bool gift) {
+        constexpr int K = E::Vectors;
+        const Transform<V, Capped> f = row.transform;
+        const V origin(row.m.top), log_sum(row.m.log_sum), entropy(row.m.entropy), slope(slopes.logp),
+            bonus(slopes.entropy), inverse(row.gift.inverse);
+        for (int64_t block = (row.columns - 1) / kBlockColumns; block >= 0; --block) {
+            const int64_t begin = block * kBlockColumns;
+            const int64_t end = begin + kBlockColumns < row.columns ? begin + kBlockColumns : row.columns;
+            if (gift) base_probabilities(c, row, begin, end);
+            for_each_group<E>(
+                row.x, row.out, begin, end, [&](auto* from, auto* to, int64_t i, int) __attribute__((always_inline)) {
+                    V v[K], q[K];
+                    E::load(from, v);
+                    if (gift) place<E>(row.base_block + (i - begin), q);
+                    for (int k = 0; k < K; ++k) {
+                        const V log_p = Exponential<V>::floor(f.above(v[k], origin)) - log_sum;
+                        const V p = Exponential<V>::at(Exponential<V>::floor(log_p));
+                        V g = -p * (slope + bonus * (log_p + entropy));
+                        if (gift) g = fma(slope * inverse, q[k], g);
+                        v[k] = g * f.derivative(v[k]);
+                    }
+                    E::store(to, v);
+                });
+        }
+    }
+
+    // -sum q log p, with q = p0 / D off the target.
+    template <bool Capped>
+    static __attribute__((noinline)) double cross_entropy(const Call& c, const Row<Capped>& row) {
+        constexpr int K = E::Vectors, L = V::Lanes;
+        const Transform<V, Capped> f = row.transform;
+        const V origin(row.m.top), log_sum(row.m.log_sum);
+        double lanes[L] = {}, total = 0;
+        for (int64_t begin = 0; begin < row.columns; begin += kBlockColumns) {
+            const int64_t end = begin + kBlockColumns < row.columns ? begin + kBlockColumns : row.columns;
+            base_probabilities(c, row, begin, end);
+            V sum[K];
+            for (int k = 0; k < K; ++k) sum[k] = V(0);
+            for_each_group<E>(
+                row.x, nullptr, begin, end, [&](auto* from, auto*, int64_t i, int) __attribute__((always_inline)) {
+                    V v[K], q[K];
+                    E::load(from, v);
+                    place<E>(row.base_block + (i - begin), q);
+                    for (int k = 0; k < K; ++k)
+                        sum[k] = sum[k] + select(q[k] > V(0), q[k] * (f.above(v[k], origin) - log_sum), V(0));
+                });
+            for (int k = 0; k < K; ++k) sum[k].add_to(lanes);
+        }
+        for (double lane : lanes) total += lane;
+        const double excess = row.gift.excess == 0 ? 0 : row.gift.excess * row.target_logp;
+        return -(row.gift.inverse * total + excess);
+    }
+
+    // The block's smoothed base probabilities into row.base_block, 0 beyond the last column.
+    template <bool Capped>
+    static void base_probabilities(const Call& c, const Row<Capped>& row, int64_t begin, int64_t end) {
+        const int64_t padded = (end - begin + V::Lanes - 1) / V::Lanes * V::Lanes;
+        T* const to = row.base_block;
+        widen(c, row.n, begin, end, to);
+        const V top(row.gift.top), log_sum(row.gift.log_sum), keep(row.gift.keep), uniform(row.gift.uniform);
+        for (int64_t i = end - begin; i < padded; ++i) to[i] = static_cast<T>(-__builtin_huge_val());
+        for (int64_t i = 0; i < padded; i += V::Lanes) {
+            const V log_p = Exponential<V>::floor((V::load(to + i) - top) - log_sum);
+            fma(keep, Exponential<V>::at(log_p), uniform).store(to + i);
+        }
+        for (int64_t i = end - begin; i < kBlockColumns && i < end - begin + E::Group; ++i) to[i] = 0;
+    }
+
+    static void widen(const Call& c, int64_t n, int64_t begin, int64_t end, T* to) {
+        const auto convert = [&](auto element) {
+            using B = decltype(element);
+            const auto* const from = reinterpret_cast<const typename B::Stored*>(c.base.row(n)) + begin;
+            for (int64_t i = 0; i < end - begin; ++i) to[i] = static_cast<T>(B::widen(from[i]));
+        };
+        with_base(c, convert);
+    }
+
+    template <bool Capped>
+    static Gift gift_of(const Call& c, const Row<Capped>& row, const T* given) {
+        Gift out;
+        with_base(c, [&](auto element) {
+            using B = decltype(element);
+            const auto* const base = reinterpret_cast<const typename B::Stored*>(c.base.row(row.n));
+            Moments m{0, 0, 0, 0};
+            if (given) {
+                m.top = static_cast<double>(given[0]);
+                m.log_sum = static_cast<double>(given[1]);
+            } else {
+                m = measure_row<V, B, false, false>(base, row.columns, Transform<V, false>(1, 0, 1), nullptr, nullptr);
+            }
+            out = gift_target(m, static_cast<double>(B::widen(base[row.target])), c.beta, c.smooth, row.columns);
+        });
+        return out;
+    }
+
+    template <class F>
+    static void with_base(const Call& c, const F& f) {
+        if constexpr (sizeof(T) == 8) {
+            f(E());
+        } else {
+            if (c.base_element == Element::kBfloat16) return f(Bfloat16Elements());
+            if (c.base_element == Element::kHalf) return f(HalfElements());
+            f(FloatElements());
+        }
+    }
+
+    template <Task task>
+    static void clear(const Call& c, int64_t n, T value) {
+        if constexpr (task != kGradient) {
+            c.logprobs[n] = c.entropy[n] = c.sum_sq[n] = value;
+            for (int k = 0; c.normalizer && k < (c.base.data ? 4 : 2); ++k)
+                c.normalizer[n * (c.base.data ? 4 : 2) + k] = value;
+            if (c.supervised) c.supervised[n] = c.kind[n] == kDemonstration ? value : T(0);
+        }
+        if constexpr (task != kStatistics)
+            fill(reinterpret_cast<Stored*>(c.gradient.row(n)), c.columns, static_cast<double>(value));
+    }
+
+    static void fill(Stored* to, int64_t columns, double value) {
+        const Stored stored = narrow(value);
+        for (int64_t i = 0; i < columns; ++i) to[i] = stored;
+    }
+    static void put(Stored* to, int64_t column, double value) { to[column] = narrow(value); }
+    static Stored narrow(double value) {
+        if (value != value) return E::kNan;
+        V v[E::Vectors];
+        for (V& each : v) each = V(value);
+        Stored group[E::Group];
+        E::store(group, v);
+        return group[0];
+    }
+};
+
+}  // namespace GAC_NAMESPACE

@@ -1,0 +1,249 @@
+// The passes over one row of logits, written once for a lane type V and an element type E.
+//
+// A row is read in blocks that stay in the first-level cache. The statistics keep a running maximum: a block's exponentials
+// are taken relative to the maximum so far, and sums made before are rescaled when it rises, so that memory is read
+// once. Lanes are summed in V over one block and in float64 over blocks: what an element adds to depends on its column
+// alone, and nothing on threads, neighbours or strides.
+#pragma once
+
+#include "../math/terms.h"
+#include "rows.h"
+
+namespace GAC_NAMESPACE {
+
+using gac::kBlockColumns;
+
+// e^d for d <= 0, exactly 0 where d is below the range of T; nan stays.
+template <class V>
+struct Exponential {
+    static constexpr double kLowest = sizeof(typename V::Scalar) == 8 ? -745.2 : -104.0;
+
+    static GAC_INLINE V floor(V d) { return greater(V(kLowest), d); }  // finite, so that 0 times it is 0
+    static GAC_INLINE V at(V floored) {
+        if constexpr (sizeof(typename V::Scalar) == 8) {
+            return exp(floored);
+        } else if constexpr (kGradualUnderflow) {
+            return exp_moderate(floored);
+        } else {
+            const V lowest(-87.33654);
+            return select(floored < lowest, V(0), exp_moderate(greater(lowest, floored)));
+        }
+    }
+};
+
+template <class V>
+GAC_INLINE double first_lane(V v) {
+    typename V::Scalar lane[V::Lanes];
+    v.store(lane);
+    return static_cast<double>(lane[0]);
+}
+
+template <class V>
+GAC_INLINE V tanh(V x) {
+    const ExpParts<V> e = exp_parts(lesser(V(20), V(2) * abs(x)));  // beyond, tanh is 1 in any precision here
+    const V t = e.minus_one / (e.minus_one + V(2));
+    return select(x < V(0), -t, t);
+}
+
+// z = factor * raw, or factor * tanh(inner * raw) with a soft cap, and dz / draw.
+template <class V, bool Capped>
+struct Transform {
+    V factor, inner;
+    double slope;  // dz / draw at tanh' = 1
+
+    Transform(double scale, double softcap, double temperature)
+        : factor((Capped ? softcap : scale) / temperature), inner(Capped ? scale / softcap : 0),
+          slope(Capped ? scale / temperature : first_lane(factor)) {}
+
+    // z - origin
+    GAC_INLINE V above(V raw, V origin) const {
+        if constexpr (Capped) return factor * tanh(raw * inner) - origin;
+        return fma(raw, factor, -origin);
+    }
+    GAC_INLINE V derivative(V raw) const {
+        if constexpr (!Capped) return V(slope);
+        const V t = tanh(raw * inner);
+        return V(slope) * (V(1) - t * t);
+    }
+};
+
+// step(from, to, i, size) for every group of the columns [begin, end) of x, to be written to `out` (which may be x, or
+// null). The last one, if it is not whole, stands in a buffer filled up with -infinity.
+template <class E, class Step>
+GAC_INLINE void for_each_group(
+    const typename E::Stored* x, typename E::Stored* out, int64_t begin, int64_t end, const Step& step) {
+    int64_t i = begin;
+    for (; i + E::Group <= end; i += E::Group) step(x + i, out ? out + i : nullptr, i, E::Group);
+    if (i == end) return;
+    typename E::Stored buffer[E::Group];
+    for (int k = 0; k < E::Group; ++k) buffer[k] = i + k < end ? x[i + k] : E::kLowest;
+    step(static_cast<const typename E::Stored*>(buffer), buffer, i, static_cast<int>(end - i));
+    for (int k = 0; out && i + k < end; ++k) out[i + k] = buffer[k];
+}
+
+// Where element i of a group lies among its vectors.
+template <class E, class V>
+GAC_INLINE void place(const typename V::Scalar* natural, V (&v)[E::Vectors]) {
+    if constexpr (E::Vectors == 1) {
+        v[0] = V::load(natural);
+    } else {
+        typename V::Scalar lanes[E::Vectors][V::Lanes];
+        for (int i = 0; i < E::Group; ++i) lanes[i % E::Vectors][i / E::Vectors] = natural[i];
+        for (int k = 0; k < E::Vectors; ++k) v[k] = V::load(lanes[k]);
+    }
+}
+
+// 1 in the lanes of a group's first `size` elements, else 0.
+template <class E, class V>
+GAC_INLINE void inside(int size, V (&v)[E::Vectors]) {
+    typename V::Scalar natural[E::Group];
+    for (int i = 0; i < E::Group; ++i) natural[i] = i < size;
+    place<E>(natural, v);
+}
+
+struct Moments {
+    double top, log_sum, entropy, sum_sq;  // top: the maximum of z
+};
+
+// Maximum, log of the sum of exponentials, entropy and sum of p^2 of a row. `Store`: also leaves e^(z - block_top) in
+// `out`, which may be the row itself, for store_gradient.
+template <class V, class E, bool Capped, bool Store>
+__attribute__((noinline)) Moments measure_row(
+    const typename E::Stored* x, int64_t columns, const Transform<V, Capped>& transform, typename E::Stored* out,
+    typename V::Scalar* block_top) {
+    using T = typename V::Scalar;
+    constexpr double kInfinity = __builtin_huge_val();
+    constexpr int K = E::Vectors, L = V::Lanes;
+    const Transform<V, Capped> f = transform;
+    double sum[L] = {}, square[L] = {}, moment[L] = {};  // of e, e^2 and e (z - top)
+    double top = -kInfinity;
+    for (int64_t begin = 0, block = 0; begin < columns; begin += kBlockColumns, ++block) {
+        const int64_t end = begin + kBlockColumns < columns ? begin + kBlockColumns : columns;
+        V largest[K];
+        for (int k = 0; k < K; ++k) largest[k] = V(-kInfinity);
+        for_each_group<E>(x, nullptr, begin, end, [&](auto* at, auto*, int64_t, int) __attribute__((always_inline)) {
+            V v[K];
+            E::load(at, v);
+            for (int k = 0; k < K; ++k) largest[k] = greater(largest[k], v[k]);
+        });
+        T lanes[L];
+        for (int k = 1; k < K; ++k) largest[0] = greater(largest[0], largest[k]);
+        largest[0].store(lanes);
+        T highest = lanes[0];
+        for (T lane : lanes) highest = lane > highest ? lane : highest;
+        const double rise = first_lane(f.above(V(static_cast<double>(highest)), V(0)));  // the transform is increasing
+        if (rise > top) {
+            const double shrink = __builtin_exp(top - rise);
+            for (int l = 0; l < L && top > -kInfinity; ++l) {
+                moment[l] = shrink * (moment[l] + (top - rise) * sum[l]);
+                sum[l] *= shrink;
+                square[l] *= shrink * shrink;
+            }
+            top = rise;
+        }
+        if (Store) block_top[block] = static_cast<T>(top);
+        const V origin(top > -kInfinity ? top : 0.0);  // a block of -infinities alone: all exponentials are 0
+        V s[K], s2[K], sd[K];
+        for (int k = 0; k < K; ++k) s[k] = s2[k] = sd[k] = V(0);
+        const auto step = [&](auto* from, auto* to, int64_t, int size) __attribute__((always_inline)) {
+            V v[K];
+            E::load(from, v);
+            for (int k = 0; k < K; ++k) {
+                const V d = Exponential<V>::floor(f.above(v[k], origin));
+                v[k] = Exponential<V>::at(d);
+                if (Capped && size < E::Group) {  // the cap has made -infinity finite
+                    V in[K];
+                    inside<E>(size, in);
+                    v[k] = select(in[k] > V(0), v[k], V(0));
+                }
+                s[k] = s[k] + v[k];
+                s2[k] = fma(v[k], v[k], s2[k]);
+                sd[k] = fma(v[k], d, sd[k]);
+            }
+            if constexpr (Store) E::store(to, v);
+        };
+        for_each_group<E>(x, Store ? out : nullptr, begin, end, step);
+        for (int k = 0; k < K; ++k) {
+            s[k].add_to(sum);
+            s2[k].add_to(square);
+            sd[k].add_to(moment);
+        }
+    }
+    double total = 0, squares = 0, moments = 0;
+    for (int l = 0; l < L; ++l) {
+        total += sum[l];
+        squares += square[l];
+        moments += moment[l];
+    }
+    const double log_sum = __builtin_log(total);
+    // Of a row without a finite logit, or with a nan, everything is nan.
+    if (!(top > -kInfinity)) return {top, __builtin_nan(""), __builtin_nan(""), __builtin_nan("")};
+    const double entropy = log_sum - moments / total;
+    return {top, log_sum, entropy > 0 || entropy != entropy ? entropy : 0, squares / (total * total)};
+}
+
+// The gradient from exponentials that measure_row left in `x`: -slope p.
+template <class V, class E>
+__attribute__((noinline)) void gradient_of_stored(
+    typename E::Stored* x, int64_t columns, double coefficient, const Moments& m, const typename V::Scalar* block_top) {
+    constexpr int K = E::Vectors;
+    for (int64_t block = (columns - 1) / kBlockColumns; block >= 0; --block) {  // backwards, to meet the cache
+        const int64_t begin = block * kBlockColumns;
+        const int64_t end = begin + kBlockColumns < columns ? begin + kBlockColumns : columns;
+        const double shift = static_cast<double>(block_top[block]) - m.top - m.log_sum;
+        const V factor(coefficient * __builtin_exp(shift));
+        for_each_group<E>(x, x, begin, end, [&](auto* from, auto* to, int64_t, int) __attribute__((always_inline)) {
+            V v[K];
+            E::load(from, v);
+            for (int k = 0; k < K; ++k) v[k] = v[k] * factor;
+            E::store(to, v);
+        });
+    }
+}
+
+// The same from the logits, for elements of 16 bits: a short exponential is far below their rounding.
+template <class V, class E>
+__attribute__((noinline)) void short_gradient(
+    const typename E::Stored* x, typename E::Stored* out, int64_t columns, double coefficient, const Moments& m,
+    const Transform<V, false>& transform) {
+    constexpr int K = E::Vectors;
+    constexpr double kLog2e = 1.4426950408889634;
+    const Transform<V, false> f = transform;
+    const V factor(coefficient), origin(m.top), log2e(kLog2e), shift(-m.log_sum * kLog2e);
+    const auto group = [&](const auto* from, auto* to) __attribute__((always_inline)) {
+        V v[K];
+        E::load(from, v);
+        for (int k = 0; k < K; ++k) v[k] = factor * exp2_short(fma(f.above(v[k], origin), log2e, shift));
+        E::store(to, v);
+    };
+    int64_t whole = columns - columns % E::Group;
+    for_each_group<E>(x, out, whole, columns, [&](auto* from, auto* to, int64_t, int) __attribute__((always_inline)) {
+        group(from, to);
+    });
+    while ((whole -= E::Group) >= 0) group(x + whole, out + whole);
+}
+
+// GIFT's target q ~ p0 e^(beta 1[k = y]) with p0 smoothed by lam (arXiv 2601.09233): q_k = p0_k / D off the target.
+struct Gift {
+    bool on;
+    double top, log_sum;          // of the base row
+    double keep, uniform;         // p0_k = keep softmax(base)_k + uniform
+    double inverse, target;       // 1 / D, and q_y
+    double excess;                // q_y - p0_y / D
+};
+
+// `base_y`: the target's base logit.
+inline Gift gift_target(const Moments& base, double base_y, double beta, double smooth, int64_t columns) {
+    const double keep = 1 - smooth, uniform = smooth / static_cast<double>(columns);
+    const double log_p = base_y - base.top - base.log_sum;
+    const double p = keep * __builtin_exp(log_p) + uniform;
+    // In log space: e^beta overflows, and p may be far below its rounding.
+    const double log_p0 = smooth > 0 ? __builtin_log(p) : log_p;
+    const double raised = log_p0 + beta, rest = __builtin_log1p(-(p < 1 ? p : 1));
+    const double high = raised > rest ? raised : rest, low = raised > rest ? rest : raised;
+    const double log_d = high + __builtin_log1p(__builtin_exp(low - high));
+    const double inverse = __builtin_exp(-log_d), target = __builtin_exp(raised - log_d);
+    return {true, base.top, base.log_sum, keep, uniform, inverse, target, target - p * inverse};
+}
+
+}  // namespace GAC_NAMESPACE
