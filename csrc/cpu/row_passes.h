@@ -67,6 +67,12 @@ struct Transform {
     }
 };
 
+// Asks for the cache line that many bytes from `x`, which may lie beyond the row: memory brings the next block while this
+// one is computed, where it would rest otherwise.
+GAC_INLINE void prefetch(const void* x, uintptr_t bytes) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(x) + bytes));
+}
+
 // step(from, to, i, size) for every group of the columns [begin, end) of x, to be written to `out` (which may be x, or
 // null). The last one, if it is not whole, stands in a buffer filled up with -infinity.
 template <class E, class Step>
@@ -145,9 +151,10 @@ __attribute__((noinline)) Moments measure_row(
         const V origin(top > -kInfinity ? top : 0.0);  // a block of -infinities alone: all exponentials are 0
         V s[K], s2[K], sd[K];
         for (int k = 0; k < K; ++k) s[k] = s2[k] = sd[k] = V(0);
-        const auto step = [&](auto* from, auto* to, int64_t, int size) __attribute__((always_inline)) {
+        const auto step = [&](auto* from, auto* to, int64_t i, int size) __attribute__((always_inline)) {
             V v[K];
             E::load(from, v);
+            prefetch(x, (i + kBlockColumns) * sizeof(*x));
             for (int k = 0; k < K; ++k) {
                 const V d = Exponential<V>::floor(f.above(v[k], origin));
                 v[k] = Exponential<V>::at(d);

@@ -22,6 +22,7 @@ inline Dtype dtype_of() {
     if constexpr (std::is_same_v<T, float>) return {aoti_torch_dtype_float32(), "float32"};
     if constexpr (std::is_same_v<T, double>) return {aoti_torch_dtype_float64(), "float64"};
     if constexpr (std::is_same_v<T, int64_t>) return {aoti_torch_dtype_int64(), "int64"};
+    if constexpr (std::is_same_v<T, int32_t>) return {aoti_torch_dtype_int32(), "int32"};
     if constexpr (std::is_same_v<T, uint8_t>) return {aoti_torch_dtype_bool(), "bool"};
 }
 
