@@ -94,14 +94,21 @@ struct HalfConvert {
 using Bfloat16Elements = SmallElements<Bfloat16Convert>;
 using HalfElements = SmallElements<HalfConvert>;
 
-// 2^t with a relative error below 8e-5, for gradients that are rounded to 16 bits; 0 below -126.
-GAC_INLINE Vec exp2_short(Vec t) {
-    const Vec shift(12582912.0), lowest(-126), bounded = greater(lowest, t);
-    const Vec biased = bounded + shift, n = biased - shift, f = bounded - n;
-    Vec p = fma(Vec(0.0551716685), f, Vec(0.242611125));
-    p = fma(p, f, Vec(0.693260968));
-    p = fma(p, f, Vec(0.999928057));
-    return select(t < lowest, Vec(0), scale_by_power(p, n, biased));
-}
+// e^d to about 1 ulp for -127 ln 2 <= d <= 0; 0 at -127 ln 2, where power_of_two is.
+GAC_INLINE Vec exp_floored(Vec d) { return exp_moderate(d); }
+
+// factor 2^t with a relative error below 8e-5, for gradients that are rounded to 16 bits; 0 for t below -126.5.
+struct ShortExp2 {
+    Vec c0, c1, c2, c3;
+
+    explicit GAC_INLINE ShortExp2(double factor)
+        : c0(0.999928057 * factor), c1(0.693260968 * factor), c2(0.242611125 * factor), c3(0.0551716685 * factor) {}
+
+    GAC_INLINE Vec operator()(Vec t) const {
+        const Vec shift(12582912.0), bounded = greater(Vec(-127), t);
+        const Vec biased = bounded + shift, n = biased - shift, f = bounded - n;
+        return scale_by_power(fma(fma(fma(c3, f, c2), f, c1), f, c0), n, biased);
+    }
+};
 
 }  // namespace GAC_NAMESPACE

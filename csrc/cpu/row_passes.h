@@ -16,17 +16,14 @@ using gac::kBlockColumns;
 // e^d for d <= 0, exactly 0 where d is below the range of T; nan stays.
 template <class V>
 struct Exponential {
-    static constexpr double kLowest = sizeof(typename V::Scalar) == 8 ? -745.2 : -104.0;
+    static constexpr double kLowest = sizeof(typename V::Scalar) == 8 ? -745.2 : -88.0296919311;  // -127 ln 2
 
     static GAC_INLINE V floor(V d) { return greater(V(kLowest), d); }  // finite, so that 0 times it is 0
     static GAC_INLINE V at(V floored) {
         if constexpr (sizeof(typename V::Scalar) == 8) {
             return exp(floored);
-        } else if constexpr (kGradualUnderflow) {
-            return exp_moderate(floored);
         } else {
-            const V lowest(-87.33654);
-            return select(floored < lowest, V(0), exp_moderate(greater(lowest, floored)));
+            return exp_floored(floored);
         }
     }
 };
@@ -107,6 +104,33 @@ GAC_INLINE void inside(int size, V (&v)[E::Vectors]) {
     place<E>(natural, v);
 }
 
+// The largest element of the columns [begin, end).
+template <class V, class E>
+GAC_INLINE typename V::Scalar largest_of(const typename E::Stored* x, int64_t begin, int64_t end) {
+    constexpr int K = E::Vectors, Chains = 4;  // a maximum takes four cycles, and two can start in each
+    V largest[Chains][K], v[K];
+    for (auto& chain : largest)
+        for (V& each : chain) each = V(-__builtin_huge_val());
+    int64_t i = begin;
+    for (; i + Chains * E::Group <= end; i += Chains * E::Group)
+        for (int c = 0; c < Chains; ++c) {
+            E::load(x + i + c * E::Group, v);
+            for (int k = 0; k < K; ++k) largest[c][k] = greater(largest[c][k], v[k]);
+        }
+    for_each_group<E>(x, nullptr, i, end, [&](auto* at, auto*, int64_t, int) __attribute__((always_inline)) {
+        E::load(at, v);
+        for (int k = 0; k < K; ++k) largest[0][k] = greater(largest[0][k], v[k]);
+    });
+    V all = largest[0][0];
+    for (const auto& chain : largest)
+        for (const V& each : chain) all = greater(all, each);
+    typename V::Scalar lanes[V::Lanes];
+    all.store(lanes);
+    typename V::Scalar highest = lanes[0];
+    for (auto lane : lanes) highest = lane > highest ? lane : highest;
+    return highest;
+}
+
 struct Moments {
     double top, log_sum, entropy, sum_sq;  // top: the maximum of z
 };
@@ -125,18 +149,7 @@ __attribute__((noinline)) Moments measure_row(
     double top = -kInfinity;
     for (int64_t begin = 0, block = 0; begin < columns; begin += kBlockColumns, ++block) {
         const int64_t end = begin + kBlockColumns < columns ? begin + kBlockColumns : columns;
-        V largest[K];
-        for (int k = 0; k < K; ++k) largest[k] = V(-kInfinity);
-        for_each_group<E>(x, nullptr, begin, end, [&](auto* at, auto*, int64_t, int) __attribute__((always_inline)) {
-            V v[K];
-            E::load(at, v);
-            for (int k = 0; k < K; ++k) largest[k] = greater(largest[k], v[k]);
-        });
-        T lanes[L];
-        for (int k = 1; k < K; ++k) largest[0] = greater(largest[0], largest[k]);
-        largest[0].store(lanes);
-        T highest = lanes[0];
-        for (T lane : lanes) highest = lane > highest ? lane : highest;
+        const T highest = largest_of<V, E>(x, begin, end);
         const double rise = first_lane(f.above(V(static_cast<double>(highest)), V(0)));  // the transform is increasing
         if (rise > top) {
             const double shrink = __builtin_exp(top - rise);
@@ -216,11 +229,12 @@ __attribute__((noinline)) void short_gradient(
     constexpr int K = E::Vectors;
     constexpr double kLog2e = 1.4426950408889634;
     const Transform<V, false> f = transform;
-    const V factor(coefficient), origin(m.top), log2e(kLog2e), shift(-m.log_sum * kLog2e);
+    const V origin(m.top), log2e(kLog2e), shift(-m.log_sum * kLog2e);
+    const ShortExp2 scaled_exp2(coefficient);
     const auto group = [&](const auto* from, auto* to) __attribute__((always_inline)) {
         V v[K];
         E::load(from, v);
-        for (int k = 0; k < K; ++k) v[k] = factor * exp2_short(fma(f.above(v[k], origin), log2e, shift));
+        for (int k = 0; k < K; ++k) v[k] = scaled_exp2(fma(f.above(v[k], origin), log2e, shift));
         E::store(to, v);
     };
     int64_t whole = columns - columns % E::Group;
