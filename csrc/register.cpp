@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/rows_op.h"
+#include "cpu/scale_op.h"
 #include "cpu/token_loss_op.h"
 #include "cpu/token_weights_op.h"
 
@@ -19,6 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) {
     m.impl("row_gradient_", TORCH_BOX(&gac::row_gradient_));
     m.impl("fused_rows", TORCH_BOX(&gac::fused_rows));
     m.impl("fused_rows_", TORCH_BOX(&gac::fused_rows_));
+    m.impl("scale_", TORCH_BOX(&gac::scale_));
 }
 
 namespace {

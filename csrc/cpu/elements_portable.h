@@ -78,6 +78,7 @@ struct HalfConvert {
         uint32_t bits;
         memcpy(&bits, &x, sizeof bits);
         const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+        if (size > 0x7f800000) return kNan;
         if (size >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);  // 2^16 and above
         if (size < 0x38800000) {  // below 2^-14: adding 2^-1 aligns the last place with float16's and rounds
             float aligned;

@@ -86,6 +86,17 @@ struct Rows {
         c.softcap > 0 ? over<true, kFused>(c, begin, end, scratch) : over<false, kFused>(c, begin, end, scratch);
     }
 
+    static void scale(char* data, int64_t count, double factor) {
+        const V by(factor);
+        Stored* const x = reinterpret_cast<Stored*>(data);
+        for_each_group<E>(x, x, 0, count, [&](auto* from, auto* to, int64_t, int) __attribute__((always_inline)) {
+            V v[E::Vectors];
+            E::load(from, v);
+            for (V& each : v) each = each * by;
+            E::store(to, v);  // a nan in 16 bits widens to zeros below, which rounding does not carry over
+        });
+    }
+
 private:
     enum Task { kStatistics, kGradient, kFused };
 

@@ -59,6 +59,9 @@ constexpr int64_t kBlockColumns = 2048;
 
 struct FloatRowKernels {
     RowKernels<float> of_float, of_bfloat16, of_half;
+    // count elements of 16 bits *= factor, rounded once
+    void (*scale_bfloat16)(char* data, int64_t count, double factor);
+    void (*scale_half)(char* data, int64_t count, double factor);
 };
 
 #if defined(__x86_64__)

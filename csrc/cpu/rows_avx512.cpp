@@ -24,6 +24,8 @@ const FloatRowKernels row_kernels_avx512 = {
     {Floats::statistics, Floats::gradient, Floats::fused},
     {Bfloats::statistics, Bfloats::gradient, Bfloats::fused},
     {Halves::statistics, Halves::gradient, Halves::fused},
+    Bfloats::scale,
+    Halves::scale,
 };
 }  // namespace gac
 

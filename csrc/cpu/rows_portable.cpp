@@ -19,6 +19,8 @@ const FloatRowKernels row_kernels_portable = {
     {Floats::statistics, Floats::gradient, Floats::fused},
     {Bfloats::statistics, Bfloats::gradient, Bfloats::fused},
     {Halves::statistics, Halves::gradient, Halves::fused},
+    Bfloats::scale,
+    Halves::scale,
 };
 const RowKernels<double> row_kernels_double = {Doubles::statistics, Doubles::gradient, Doubles::fused};
 }  // namespace gac
