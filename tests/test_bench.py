@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from gac_kernels import library
-from gac_kernels.bench import eager, measure, providers, session
-from gac_kernels.bench.cases import MODES, Outputs, TokenCase
+from gac_kernels.bench import eager, measure, peers, session
+from gac_kernels.bench.case import MODES, Outputs
+from gac_kernels.bench.cases import TokenCase
 from gac_kernels.bench.check import WrongResult, compare, elementwise_bound
 from gac_kernels.bench.measure import Contestant, copy_contestant, peak_bytes, quantile
-from gac_kernels.bench.providers import PROVIDERS, Provider, Unavailable, verify
+from gac_kernels.bench.provider import Provider, Unavailable, verify
+from gac_kernels.bench.providers import PROVIDERS as ALL_PROVIDERS
 from gac_kernels.bench.session import run_case
+
+PROVIDERS = ALL_PROVIDERS[TokenCase.kernel]
 
 
 def test_bytes_count_inputs_and_outputs_once():
@@ -44,7 +48,7 @@ def test_baseline_sees_every_kind_of_token(seed):
     live = batch.mask & ~batch.is_expert[:, None]
     assert 0 < batch.is_expert.sum() < 64
     assert (batch.advantages[~batch.is_expert] > 0).any() and (batch.advantages[~batch.is_expert] < 0).any()
-    ratio = (TokenCase(64, 64, seed=seed).logprobs.detach() - batch.old_logprobs)[live]
+    ratio = (TokenCase(64, 64, seed=seed).leaf().detach() - batch.old_logprobs)[live]
     assert (ratio > 0.1).any() and (ratio < -0.1).any()
 
 
@@ -136,8 +140,8 @@ def test_records():
 
 
 def test_absent_providers_say_why(monkeypatch):
-    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(providers, "installed_version", lambda name: None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers, "installed_version", lambda name: None)
     found = run_case(TokenCase(4, 4), ["gac-triton", "gac-cuda", "liger", "verl", "trl"], ["full"], budget_seconds=0)
     assert set(found.absent) == {"gac-triton", "gac-cuda", "liger", "verl", "trl"}
     assert "interpreter" in found.absent["gac-triton"]
@@ -219,8 +223,10 @@ def test_peak_bytes():
 
 
 def test_copy_moves_as_many_bytes():
-    copy = copy_contestant(1000)
-    assert copy.run(None).numel() == 500
+    source, target = TokenCase(8, 16).copy_buffers(500)
+    copy = copy_contestant(source, target)
+    assert copy.run(copy.prepare()).nbytes == 500
+    assert torch.equal(source, target)
 
 
 def test_outputs_that_are_not_computed_are_not_compared():
@@ -238,4 +244,4 @@ def test_contestants_run_on_a_fresh_leaf():
     one = session.contestant(PROVIDERS["eager"](case), case, "full")
     first, second = (one.run(one.prepare())[1][0] for _ in range(2))
     assert torch.equal(first, second)
-    assert case.logprobs.grad is None
+    assert case.leaf().grad is None

@@ -117,7 +117,17 @@ def test_doctor_reports_a_backend_that_raises(monkeypatch, capsys):
 # bench ------------------------------------------------------------------------------------------------------------
 def test_bench_json_csv_and_plot(tmp_path):
     table, chart = tmp_path / "out.csv", tmp_path / "out.png"
-    args = ["--tokens", "8x64", "4x32", "--providers", "eager,eager-loss,gac-reference", "--seconds", "0"]
+    args = [
+        "--kernel",
+        "token",
+        "--shape",
+        "8x64",
+        "4x32",
+        "--providers",
+        "eager,eager-loss,gac-reference",
+        "--seconds",
+        "0",
+    ]
     run = cli("bench", *args, "--json", "--csv", table, "--plot", chart)
     assert run.returncode == 0, run.stderr
     found = last_object(run)
@@ -133,7 +143,8 @@ def test_bench_json_csv_and_plot(tmp_path):
 
 def test_bench_names_a_missing_compiler(tmp_path):
     run = cli(
-        "bench", "--tokens", "4x8", "--providers", "eager,compile", "--modes", "forward", "--seconds", "0",
+        "bench", "--kernel", "token", "--shape", "4x8", "--providers", "eager,compile", "--modes", "forward",
+        "--seconds", "0",
         CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -146,7 +157,18 @@ def test_bench_names_a_missing_compiler(tmp_path):
 def test_bench_fails_on_a_wrong_result(monkeypatch, capsys, untouched_heap):
     right = library.call
     monkeypatch.setattr(library, "call", lambda name, *args: planted("slope", name, right(name, *args)))
-    args = ["bench", "--tokens", "4x8", "--providers", "eager,gac-reference", "--seconds", "0", "--json"]
+    args = [
+        "bench",
+        "--kernel",
+        "token",
+        "--shape",
+        "4x8",
+        "--providers",
+        "eager,gac-reference",
+        "--seconds",
+        "0",
+        "--json",
+    ]
     assert main(args) == 1
     captured = capsys.readouterr()
     assert {record["provider"] for record in json.loads(captured.out)["records"]} == {"eager", "copy"}
@@ -261,8 +283,11 @@ def test_error_lines(tmp_path, capsys):
     assert "model" in error_line(capsys, "train", "--model", tmp_path / "none", "--output", out)
     assert "--device nothing" in error_line(capsys, "train", "--device", "nothing", "--output", out)
     assert "none.csv" in error_line(capsys, "bench", "--csv", tmp_path / "no" / "none.csv")
-    assert "64x2048" in error_line(capsys, "bench", "--tokens", "64")
-    assert "S >= 4" in error_line(capsys, "bench", "--tokens", "2x8", "--providers", "eager")
+    assert "64x2048" in error_line(capsys, "bench", "--kernel", "token", "--shape", "64")
+    assert "S >= 4" in error_line(capsys, "bench", "--kernel", "token", "--shape", "2x8", "--providers", "eager")
+    assert "multiple of 4" in error_line(capsys, "bench", "--kernel", "logits", "--shape", "6x8")
+    assert "give one --kernel" in error_line(capsys, "bench", "--shape", "64x2048")
+    assert "--ragged" in error_line(capsys, "bench", "--kernel", "token", "--ragged")
     assert "'fast' is none of" in error_line(capsys, "bench", "--providers", "fast")
     assert "'sideways' is none of" in error_line(capsys, "bench", "--modes", "sideways")
     assert "backend 'cuda' is not available" in error_line(capsys, "bench", "--backend", "cuda")

@@ -1,46 +1,32 @@
-"""Benchmark cases: inputs, bytes that must move, and what is right.
+"""The benchmark's cases: the token-level loss, and the loss of rows of logits.
 
-A case is checked before it is timed, against the reference formulas in float64 on the very inputs that are timed.
-Shapes: S sequences, T tokens a sequence, padded; N = S T places.
+Shapes: S sequences, T tokens a sequence, padded; N = S T rows or places; V logits a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..objectives import NLL, SAPO, HybridObjective
-from ..types import HybridLoss, TokenBatch
-from .check import WrongResult, column_bound, compare, elementwise_bound, metric_bound, scalar_bound
+from ..types import TokenBatch
+from .case import EXPERT_SHARE, Case, Expected, make_batch
+from .check import WrongResult, compare, elementwise_bound, rounding, summation
 
-MODES = ("forward", "backward", "full")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-METRICS = ("ratio_mean", "ratio_max", "approx_kl", "effective_update_ratio")
-EXPERT_SHARE = 4  # one row in four is a demonstration
-
-
-class Outputs(NamedTuple):
-    """What a provider returns; None for what it does not compute."""
-
-    loss: Tensor
-    logprobs: Tensor | None = None
-    rows: Tensor | None = None
-    metrics: dict[str, Tensor] | None = None
+CHUNK = 2**22  # logits that the float64 check holds at a time
 
 
 @dataclass(frozen=True, eq=False)
-class TokenCase:
-    """The hybrid loss of ready log-probs: SAPO on three rows in four, NLL with phi on the others, off-policy.
+class TokenCase(Case):
+    """The loss of ready log-probs, ``(S, T)``.
 
     Lengths are drawn from T / 2 to T, log-probs from -12 to 0, log-ratios from a normal distribution of width 0.2.
-
-    Attributes:
-        sequences, tokens: S and T. dtype: of the log-probs and old log-probs. device. seed: of the inputs.
     """
 
     sequences: int
@@ -50,57 +36,42 @@ class TokenCase:
     seed: int = 0
 
     kernel = "token_loss"
-    objective = HybridObjective(SAPO(), NLL("phi"))
+    unit = "sequences x tokens"
+    default_sizes = ((64, 2048),)
 
     def __post_init__(self) -> None:
         if self.sequences < EXPERT_SHARE or self.tokens < 1:
             raise ValueError(f"tokens must be SxT with S >= {EXPERT_SHARE} and T >= 1, got {self.x}")
 
     @property
-    def x(self) -> str:
-        return f"{self.sequences}x{self.tokens}"
+    def size(self) -> tuple[int, int]:
+        return self.sequences, self.tokens
 
     @cached_property
-    def _inputs(self) -> tuple[Tensor, TokenBatch, Tensor]:
+    def _inputs(self) -> tuple[Tensor, TokenBatch]:
         generator = torch.Generator().manual_seed(self.seed)
         S, T = shape = self.sequences, self.tokens
-        length_S = torch.randint((T + 1) // 2, T + 1, (S,), generator=generator)
+        mask = torch.arange(T) < torch.randint((T + 1) // 2, T + 1, (S,), generator=generator)[:, None]
         logp = -12.0 * torch.rand(shape, generator=generator).square()
         old = (logp + 0.2 * torch.randn(shape, generator=generator)).clamp(max=0.0)
-        batch = TokenBatch.from_padded(
-            torch.randint(0, 32000, shape, generator=generator).to(self.device),
-            (torch.arange(T) < length_S[:, None]).to(self.device),
-            is_expert_S=(torch.arange(S) % EXPERT_SHARE == 0).to(self.device),
-            advantages=torch.randn(S, generator=generator).to(self.device),
-            old_logprobs=old.to(self.device, self.dtype),
-        )
-        mu = torch.tensor(0.4, device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))
-        return logp.to(self.device, self.dtype), batch, mu
-
-    @property
-    def logprobs(self) -> Tensor:
-        """``(S, T)``, a new leaf each time it is asked for, over the same memory."""
-        return self._inputs[0].detach().requires_grad_()
+        targets = torch.randint(0, 32000, shape, generator=generator)
+        batch = make_batch(targets, mask, old.to(self.dtype), generator, self.device)
+        return logp.to(self.device, self.dtype), batch
 
     @property
     def batch(self) -> TokenBatch:
         return self._inputs[1]
 
-    @property
-    def mu(self) -> Tensor:
-        return self._inputs[2]
+    def leaf(self) -> Tensor:
+        return self._inputs[0].detach().requires_grad_()
 
-    @cached_property
-    def live_tokens(self) -> int:
-        return int(self.batch.mask.sum())
+    @property
+    def leaf_bytes(self) -> int:
+        return self._inputs[0].nbytes
 
     def bytes(self, mode: str) -> int:
-        """The least that any implementation moves: each input that counts read once, each output written once.
-
-        Inputs: log-probs and old log-probs of the live tokens, the mask. Outputs: the log-probs with 0 where masked
-        (forward), the gradient (backward, which also has to read one slope a live token where it stands alone).
-        What is one number a sequence is left out.
-        """
+        """Inputs: log-probs and old log-probs of the live tokens, the mask. Outputs: the log-probs with 0 where masked
+        (forward), the gradient (backward, which also has to read one slope a live token where it stands alone)."""
         item, places = self.dtype.itemsize, self.sequences * self.tokens
         result = torch.promote_types(self.dtype, torch.float32).itemsize
         inputs, logprobs, gradient = 2 * item * self.live_tokens + places, result * places, item * places
@@ -110,36 +81,140 @@ class TokenCase:
             "full": inputs + logprobs + gradient,
         }[mode]
 
+    def _logprobs(self) -> tuple[Tensor, dict[str, Any]]:
+        return self._inputs[0].double(), {}
+
+    def _compare_gradient(self, gradient: Tensor, want: Expected) -> float:
+        return compare("gradient", gradient, want.slope, elementwise_bound(want.slope, self.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class RowCase(Case):
+    """The loss of N rows of V logits, ``(S, T, V)`` with N = S T: 8 sequences, or 4 if 8 do not divide N.
+
+    Logits are normal of width 2, those of the targets such that their probabilities are uniform in (0.02, 0.98), the
+    log-ratios normal of width 0.2. Every row is live, unless ``ragged``: lengths are then drawn from T / 2 to T.
+
+    Some contestants overwrite their logits. So every call of every contestant, the copy included, starts from one and
+    the same buffer, into which the logits have just been copied outside its time: the caches are alike for all, and
+    as they are after the matrix product of a model's head.
+    """
+
+    num_rows: int
+    vocabulary: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    seed: int = 0
+    ragged: bool = False
+
+    kernel = "logits_loss"
+    unit = "rows x vocabulary"
+    default_sizes = ((1024, 32000), (256, 151936))
+    modes = ("full",)
+    min_rounds, warmup_rounds = 7, 1
+
+    def __post_init__(self) -> None:
+        if self.num_rows < EXPERT_SHARE or self.num_rows % EXPERT_SHARE or self.vocabulary < 2:
+            raise ValueError(f"rows must be NxV with N a multiple of {EXPERT_SHARE} and V >= 2, got {self.x}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.num_rows, self.vocabulary
+
     @cached_property
-    def _expected(self) -> dict[str, tuple[HybridLoss, Tensor]]:
-        """For all outputs (``hybrid``) and for the policy branch alone (``policy``): the result and its gradient."""
-        logp, batch, mu = self._inputs
-        expected = {}
-        for name, weight in (("hybrid", mu.double()), ("policy", torch.zeros_like(mu, dtype=torch.float64))):
-            leaf = logp.double().requires_grad_()
-            out = reference.hybrid_loss(leaf, batch, self.objective, weight)
-            expected[name] = out, torch.autograd.grad(out.loss, leaf)[0]
-        return expected
+    def _inputs(self) -> tuple[Tensor, TokenBatch]:
+        generator, device, V = torch.Generator().manual_seed(self.seed), torch.device(self.device), self.vocabulary
+        S = 8 if self.num_rows % 8 == 0 else 4
+        S, T = shape = S, self.num_rows // S
+        length_S = torch.randint((T + 1) // 2, T + 1, (S,), generator=generator) if self.ragged else torch.full((S,), T)
+        targets = torch.randint(0, V, shape, generator=generator)
+        p = 0.02 + 0.96 * torch.rand(shape, generator=generator)
+        old = (p.log() + 0.2 * torch.randn(shape, generator=generator)).clamp(max=0.0)
+        others = torch.tensor(float(V - 1)).log() + 0.5 * 2.0**2  # log of their sum of exponentials, on average
+        there = torch.Generator(device).manual_seed(self.seed)
+        logits = torch.randn((S, T, V), generator=there, device=device, dtype=self.dtype).mul_(2.0)
+        logits.scatter_(-1, targets[..., None].to(device), (others + p.logit())[..., None].to(device, self.dtype))
+        mask = torch.arange(T) < length_S[:, None]
+        return logits, make_batch(targets, mask, old.to(self.mu.dtype), generator, self.device)
 
-    def check(self, outputs: Outputs, gradient: Tensor, *, policy_only: bool = False) -> float:
-        """Compare with float64; returns the largest error in units of its bound (see ``check``), else WrongResult."""
-        want, want_gradient = self._expected["policy" if policy_only else "hybrid"]
-        worst = [
-            compare("loss", outputs.loss, want.loss, scalar_bound(want.loss, self.dtype)),
-            compare("gradient", gradient, want_gradient, elementwise_bound(want_gradient, self.dtype)),
-        ]
-        if outputs.logprobs is not None:
-            bound = elementwise_bound(want.logprobs, torch.promote_types(self.dtype, torch.float32))
-            worst.append(compare("logprobs", outputs.logprobs, want.logprobs, bound))
-        if outputs.rows is not None:
-            rows = want.signals.rows
-            worst.append(compare("signals", outputs.rows, rows, column_bound(rows, self.dtype)))
-        if outputs.metrics is not None and outputs.metrics.keys() != want.metrics.keys():
-            raise WrongResult(f"metrics are {', '.join(outputs.metrics)}; the reference has {', '.join(want.metrics)}")
-        for name, got in (outputs.metrics or {}).items():
-            value = want.metrics[name]
-            worst.append(compare(name, got, value, metric_bound(value, self.dtype)))
-        return max(worst)
+    @property
+    def batch(self) -> TokenBatch:
+        return self._inputs[1]
+
+    @cached_property
+    def policy_batch(self) -> TokenBatch:
+        """Every sequence a rollout, since masked rows would be work that the others have and the peers do not."""
+        return replace(self.batch, is_expert=torch.zeros_like(self.batch.is_expert))
+
+    @cached_property
+    def _work(self) -> Tensor:
+        return torch.empty_like(self._inputs[0])
+
+    def leaf(self) -> Tensor:
+        return self._work.copy_(self._inputs[0]).detach().requires_grad_()
+
+    @property
+    def leaf_bytes(self) -> int:
+        return self._work.nbytes
+
+    def bytes(self, mode: str) -> int:
+        """The live rows are read once, all rows of the gradient are written once. A forward pass that leaves the
+        gradient to the backward pass only reads; a backward pass that stands alone reads once more."""
+        read, written = self.live_tokens, self.num_rows if mode != "forward" else 0
+        return (read + written) * self.vocabulary * self.dtype.itemsize
+
+    def copy_buffers(self, num_bytes: int) -> tuple[Tensor, Tensor]:
+        """From the kept logits to the buffer that everyone works in: a GPU need not hold them two times more."""
+        source, target = (tensor.view(-1).view(torch.uint8) for tensor in (self._inputs[0], self._work))
+        return source[:num_bytes], target[:num_bytes]
+
+    def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """``(S, T, ...)`` tensors a few rows at a time: the float64 intermediates of all rows need not fit."""
+        rows = max(1, CHUNK // self.vocabulary)
+        yield from zip(*(tensor.flatten(0, 1).split(rows) for tensor in tensors), strict=True)
+
+    @property
+    def logprob_error(self) -> float:
+        """That of a sum over V, or twice what PyTorch's log_softmax makes here, if that is more: on a CPU it adds small
+        terms to a large sum one by one."""
+        return max(summation(self.dtype, self.vocabulary), 2.0 * self._answers[1])
+
+    @property
+    def entropy_error(self) -> float:
+        """Of sums of p and of p log p up to log V, or of the difference of numbers as large as the logits."""
+        return 2.0 * self.logprob_error * (1.0 + math.log(self.vocabulary))
+
+    @cached_property
+    def _answers(self) -> tuple[list[Tensor], float]:
+        """Log-probs, entropy and sum of p squared in float64, and the largest error of PyTorch's log-probs."""
+        taken, worst = [], 0.0
+        for z, y, live in self._chunks(self._inputs[0], self.batch.targets, self.batch.mask):
+            one = reference.token_logprobs(z.double(), y, live)
+            assert one.logprobs is not None and one.entropy is not None and one.sum_sq is not None
+            eager = torch.log_softmax(z, -1, dtype=self.mu.dtype).gather(-1, y[:, None]).squeeze(-1)
+            worst = max(worst, float((eager - one.logprobs).abs().mul(live).max()))
+            taken.append((one.logprobs, one.entropy, one.sum_sq))
+        return [torch.cat(parts).view(self.batch.targets.shape) for parts in zip(*taken, strict=True)], worst
+
+    def _logprobs(self) -> tuple[Tensor, dict[str, Any]]:
+        logp, entropy, sum_sq = self._answers[0]
+        return logp, {"entropy": entropy, "sum_sq": sum_sq}
+
+    def _compare_gradient(self, gradient: Tensor, want: Expected) -> float:
+        """With ``slope (1_y - p)``: the slope may be off by its own error, p as far as the log-probs are."""
+        if gradient.shape != self._work.shape:
+            raise WrongResult(f"gradient has shape {tuple(gradient.shape)}, the logits {tuple(self._work.shape)}")
+        info, relative = torch.finfo(self.dtype), 32 * rounding(self.dtype) + self.logprob_error
+        half = info.eps if self.dtype.itemsize == 2 else 0.0
+        worst, targets = 0.0, torch.where(self.batch.mask, self.batch.targets, 0)
+        for got, z, y, slope, error in self._chunks(gradient, self._inputs[0], targets, want.slope, want.slope_error):
+            p, chosen = torch.softmax(z.double(), -1), y[:, None]
+            size = p.scatter_add(-1, chosen, torch.ones_like(p[:, :1]))  # 1_y + p
+            right = slope[:, None] * (-p).scatter_add(-1, chosen, torch.ones_like(p[:, :1]))
+            bound = size * (error + relative * slope.abs())[:, None] + half * right.abs()
+            bound += torch.where(slope != 0, info.smallest_normal * info.eps, 0.0)[:, None]  # the last of the numbers
+            worst = max(worst, compare("gradient", got, right, bound))
+        return worst
 
 
-CASES = {"token": TokenCase}
+CASES: dict[str, type[TokenCase] | type[RowCase]] = {"token": TokenCase, "logits": RowCase}

@@ -15,6 +15,12 @@ def rounding(dtype: torch.dtype) -> float:
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
+def summation(dtype: torch.dtype, terms: int) -> float:
+    """Relative error of a plain sum of that many terms of one sign: 4 roundings, and sqrt(terms) of half a last place,
+    which is probable (Higham and Mary, 2019) and seen of PyTorch's log_softmax."""
+    return rounding(dtype) * (4.0 + 0.5 * terms**0.5)
+
+
 def scalar_bound(want: Tensor, dtype: torch.dtype, condition: Tensor | float = 0.0) -> Tensor:
     """4 roundings of the result and of what one rounding of every input moves it by (``condition``: the sum over inputs
     of ``|derivative x|``, which matters where long sums cancel), and an absolute 1e-6 (float64: 1e-15)."""

@@ -1,11 +1,14 @@
-"""The token-level loss by hand: what one would write in PyTorch to have the same numbers, and to have them fast.
+"""The losses by hand: what one would write in PyTorch to have the same numbers, and to have them fast.
 
-It is the baseline of the benchmark, so it takes what can be taken without a kernel: constants of a sequence stay out of
-the token arithmetic, intermediates are shared between loss, signals and metrics, the signals' slopes are written down
-instead of asked of autograd, and nothing is read by the host. It is no part of the package's results.
+They are the baselines of the benchmark, so they take what can be taken without a kernel: one log-softmax serves all,
+constants of a sequence stay out of the token arithmetic, intermediates are shared between loss, signals and metrics,
+the signals' slopes are written down instead of asked of autograd, and nothing is read by the host. They are no part of
+the package's results.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,26 @@ from ..objectives import SAPO
 _SAPO = SAPO()
 
 
+def logits_loss(logits: Tensor, targets: Tensor, *rest: Any, everything: bool) -> tuple[Tensor, ...]:
+    """The same from ``(S, T, V)`` logits and ``(S, T)`` targets; ``rest`` as in :func:`token_loss` from ``mask`` on.
+
+    Of what gives log-probs, log_softmax and gather was the fastest with its backward on a CPU: cross_entropy takes as
+    long, logsumexp up to four times as long.
+
+    Returns:
+        What :func:`token_loss` returns, and with ``everything`` the entropy ``(S, T)`` with 0 where masked.
+    """
+    logp_V = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    logp = logp_V.gather(-1, targets[..., None]).squeeze(-1)
+    if not everything:
+        return token_loss(logp, *rest, everything=False)
+    with torch.no_grad():
+        p_V = logp_V.exp()
+        sum_sq = torch.linalg.vector_norm(p_V, dim=-1).square()  # one pass, where square and sum take two
+        entropy = torch.where(rest[0], -p_V.mul_(logp_V).sum(-1), 0.0)
+    return *token_loss(logp, *rest, everything=True, sum_sq=sum_sq), entropy
+
+
 def token_loss(
     logprobs: Tensor,
     mask: Tensor,
@@ -22,13 +45,15 @@ def token_loss(
     advantages: Tensor,
     old_logprobs: Tensor,
     mu: Tensor,
+    *,
     everything: bool,
+    sum_sq: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """SAPO (seq-mean-token-mean) and NLL with phi (token-mean) of a padded batch.
 
     Args:
         logprobs, old_logprobs: ``(S, T)`` float. mask: ``(S, T)`` bool. is_expert: ``(S,)`` bool. advantages: ``(S,)``.
-        mu: 0-d. everything: also the signals and metrics, else the loss alone.
+        mu: 0-d. everything: also the signals and metrics, else the loss alone. sum_sq: ``(S, T)``, for the signals.
 
     Returns:
         loss; with ``everything`` also logprobs ``(S, T)`` with 0 where masked, signal rows ``(S, 12)`` in the order of
@@ -56,7 +81,7 @@ def token_loss(
     if not everything:
         return (loss,)
 
-    return loss, logp.detach(), *_by_products(logp, log_ratio, ratio, gate, phi, mask, is_expert, advantages)
+    return loss, logp.detach(), *_by_products(logp, log_ratio, ratio, gate, phi, mask, is_expert, advantages, sum_sq)
 
 
 @torch.no_grad()
@@ -69,13 +94,17 @@ def _by_products(
     mask: Tensor,
     is_expert: Tensor,
     advantages: Tensor,
+    sum_sq: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Signal rows and the four metrics, from what the loss has computed already."""
     policy, tokens_S = mask & ~is_expert[:, None], mask.sum(-1)
     update = torch.where(policy, 4.0 * gate * (1.0 - gate), 0.0)  # f'(r)
     cr, cs = -advantages[:, None] * update * ratio, -phi
     difference = cs - cr
-    nothing_S = torch.zeros_like(advantages)
+    norms: tuple[Tensor, ...] = (torch.zeros_like(advantages),) * 2
+    if sum_sq is not None:
+        n = torch.where(mask, 1.0 - 2.0 * logp.exp() + sum_sq, 0.0)
+        norms = (torch.where(policy, cr, cs).square() * n).sum(-1), (difference.square() * n).sum(-1)
     rows = torch.stack(
         [
             (is_expert & (tokens_S > 0)).to(logp.dtype),
@@ -88,8 +117,7 @@ def _by_products(
             cs.square().sum(-1),
             cr.square().sum(-1),
             (cs * cr).sum(-1),
-            nothing_S,
-            nothing_S,
+            *norms,
         ],
         dim=-1,
     )

@@ -246,14 +246,14 @@ def _peak_of_events(profile: torch.profiler.profile) -> int:
     return peak
 
 
-def copy_contestant(num_bytes: int, device: str = "cpu") -> Contestant:
-    """A copy that moves ``num_bytes`` in all, half read and half written: the speed that the floor is counted in.
+def copy_contestant(
+    source: torch.Tensor, target: torch.Tensor, prepare: Callable[[], Any] = lambda: None
+) -> Contestant:
+    """A copy of ``source`` to ``target``: the speed that the floor is counted in.
 
     It takes part in the rounds, so that it meets the caches in the state in which the others meet them.
     """
-    source = torch.ones(max(1, num_bytes // 2), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return Contestant("copy", lambda _: target.copy_(source))
+    return Contestant("copy", lambda _: target.copy_(source), prepare)
 
 
 def keep_heap_warm() -> str:

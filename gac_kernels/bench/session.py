@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import MODES, TokenCase
+from .case import Case
 from .check import WrongResult
 from .measure import Contestant, Timing, copy_contestant, device_name, measure, peak_bytes
-from .providers import PROVIDERS, Provider, Unavailable, verify
+from .provider import Provider, Unavailable, verify
+from .providers import PROVIDERS
 
 COPY = "copy"
 
@@ -75,35 +76,38 @@ class Session:
 
 
 def run_case(
-    case: TokenCase,
+    case: Case,
     names: Sequence[str],
-    modes: Sequence[str] = MODES,
+    modes: Sequence[str] | None = None,
     *,
     clock: str = "wall",
     budget_seconds: float = 5.0,
     progress: Callable[[float, str], None] = lambda share, note: None,
 ) -> Session:
-    """Check and time ``names`` of ``providers.PROVIDERS`` on a case, side by side.
+    """Check and time ``names`` of the case's ``providers.PROVIDERS``, side by side.
 
     Args:
         case: what to compute.
         names: whom to measure. Who cannot take part is in ``absent`` of the result, who is wrong in ``wrong``.
-        modes: of ``"forward"``, ``"backward"`` and ``"full"`` (both).
+        modes: of ``"forward"``, ``"backward"`` and ``"full"`` (both); None for the case's own choice.
         clock, budget_seconds: see ``measure``; the budget is of each mode.
         progress: called with the share done and what is being done.
     """
-    session, providers = Session(), []
+    session, providers, modes = Session(), [], case.modes if modes is None else modes
     if "torch._dynamo" in sys.modules:  # what an earlier size compiled counts towards the limit of recompilations
         torch.compiler.reset()
     for done, name in enumerate(names):
         progress(0.3 * done / len(names), f"checking {name}")
         try:
-            provider = PROVIDERS[name](case)
+            provider = PROVIDERS[case.kernel][name](case)
             session.errors[name] = verify(provider, case)
         except Unavailable as reason:
             session.absent[name] = str(reason)
         except WrongResult as reason:
             session.wrong[name] = str(reason)
+        except torch.OutOfMemoryError as reason:
+            session.absent[name] = f"needs more memory than there is: {str(reason).partition('. ')[0]}"
+            torch.cuda.empty_cache()
         else:
             session.outputs[name] = provider.outputs
             providers.append(provider)
@@ -119,13 +123,14 @@ def run_case(
 
 def _time_mode(
     session: Session,
-    case: TokenCase,
+    case: Case,
     providers: Sequence[Provider],
     mode: str,
     options: dict[str, Any],
 ) -> None:
     contestants = [contestant(provider, case, mode) for provider in providers]
-    copy = copy_contestant(case.bytes(mode), case.device)
+    copy = copy_contestant(*case.copy_buffers(case.bytes(mode) // 2), case.leaf)
+    options = {**options, "min_rounds": case.min_rounds, "warmup_rounds": case.warmup_rounds}
     timings = measure([*contestants, copy], device=case.device, seed=case.seed, **options)
     floor = timings[COPY].p50
     versions = {provider.name: provider.version for provider in providers} | {COPY: torch.__version__}
@@ -141,7 +146,7 @@ def _time_mode(
     session.rounds[mode] = len(timings[COPY].seconds)
 
 
-def _record(case: TokenCase, mode: str, name: str, version: str, timing: Timing, floor: float) -> Record:
+def _record(case: Case, mode: str, name: str, version: str, timing: Timing, floor: float) -> Record:
     return Record(
         kernel=case.kernel,
         provider=name,
@@ -158,26 +163,26 @@ def _record(case: TokenCase, mode: str, name: str, version: str, timing: Timing,
     )
 
 
-def contestant(provider: Provider, case: TokenCase, mode: str) -> Contestant:
-    """A provider in a mode. Every call starts from a new leaf; the graph of ``backward`` is built outside its time."""
+def contestant(provider: Provider, case: Case, mode: str) -> Contestant:
+    """A provider in a mode. Every call starts from a new leaf, whose values nobody has touched; the graph of
+    ``backward`` is built outside its time."""
 
     def leaf() -> Tensor:
-        return case.logprobs
+        return provider.prepare(case.leaf())
 
-    def forward(logprobs: Tensor) -> object:
-        return provider.forward(logprobs)
+    def forward(leaf: Tensor) -> object:
+        return provider.forward(leaf)
 
     def graph() -> tuple[Tensor, Tensor]:
-        logprobs = case.logprobs
-        return provider.forward(logprobs).loss, logprobs
+        start = leaf()
+        return provider.forward(start).loss, start
 
     def backward(state: tuple[Tensor, Tensor]) -> object:
-        loss, logprobs = state
-        return torch.autograd.grad(loss, logprobs)
+        return torch.autograd.grad(*state)
 
-    def full(logprobs: Tensor) -> object:
-        outputs = provider.forward(logprobs)
-        return outputs, torch.autograd.grad(outputs.loss, logprobs)
+    def full(leaf: Tensor) -> object:
+        outputs = provider.forward(leaf)
+        return outputs, torch.autograd.grad(outputs.loss, leaf)
 
     run, prepare = {"forward": (forward, leaf), "backward": (backward, graph), "full": (full, leaf)}[mode]
     return Contestant(provider.name, run, prepare, provider.context)  # type: ignore[arg-type]

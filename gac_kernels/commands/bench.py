@@ -4,9 +4,10 @@ Every contestant is first held against the reference in float64; one that is wro
 Contestants take turns in random order; figures are medians. Beside each stands the floor: the bytes that the work must
 move at the least, at the speed of a plain copy of as many bytes that takes part in the same rounds.
 
-  provider   gac-BACKEND: this package; eager: PyTorch by hand, all outputs (loss, log-probs, signals, metrics);
-             eager-loss: the loss alone; compile, compile-loss: torch.compile of the two; liger, verl: their own
-             functions of ready log-probs, policy loss alone
+  kernel     token: the loss of ready log-probs, S sequences x T tokens; logits: of N rows x V logits
+  provider   gac-BACKEND: this package (logits: in place; gac-BACKEND-new: the gradient a new tensor); eager: PyTorch by
+             hand, all outputs (loss, log-probs, entropy, signals, metrics); eager-loss: the loss alone; compile,
+             compile-loss: torch.compile of the two; liger, verl, trl: their own functions of the same input
   mode       forward, backward, or full (both)
   metric     speed in milliseconds; memory: peak beyond what was held before the call, in MiB
 
@@ -20,40 +21,49 @@ import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .console import Console
 
 if TYPE_CHECKING:
-    from ..bench.cases import TokenCase
+    from ..bench.case import Case
     from ..bench.session import Record, Session
 
 HELP = "time the fused ops against eager PyTorch, torch.compile and peers"
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+KERNELS = ("token", "logits")
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 BUSY = 0.2  # share of interrupted calls from which a median tells more about the machine than about the call
 CSV_COLUMNS = ("kernel", "provider", "mode", "metric", "x", "p20", "p50", "p80", "device", "version")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--case", choices=("token",), default="token", help="what to compute (default: %(default)s)")
     parser.add_argument(
-        "--tokens",
+        "--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="what to compute (default: both)"
+    )
+    parser.add_argument(
+        "--shape",
         nargs="+",
         type=_size,
-        default=[(64, 2048)],
-        metavar="SxT",
-        help="sequences x tokens (default: 64x2048)",
+        metavar="AxB",
+        help="of one --kernel: sequences x tokens (default: 64x2048), or rows x vocabulary (1024x32000 256x151936)",
     )
+    parser.add_argument("--ragged", action="store_true", help="logits: with masked rows, lengths from T / 2 to T")
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the log-probs"
+        "--dtype",
+        nargs="+",
+        type=lambda name: SHORT.get(name, name),
+        choices=("float32", "bfloat16", "float16", "float64"),
+        default=["float32"],
+        help="of the log-probs or logits; also fp32, bf16, fp16, fp64 (default: float32)",
     )
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument(
         "--backend", choices=("reference", "cpu", "triton", "cuda"), help="of ours; default: all there are"
     )
     parser.add_argument("--providers", metavar="NAME,...", help="whom to measure; default: everyone")
-    parser.add_argument("--modes", default="forward,backward,full", metavar="MODE,...", help="default: %(default)s")
+    parser.add_argument("--modes", metavar="MODE,...", help="default: forward,backward,full; of logits: full")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="to spend on each mode and size (default: %(default)s)"
     )
@@ -70,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"expected SxT such as 64x2048, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected two sizes such as 64x2048, got {text!r}")
     return int(match[1]), int(match[2])
 
 
@@ -83,7 +93,6 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace, console: Console) -> int:
     import torch
 
-    from ..bench.cases import CASES, DTYPES
     from ..bench.measure import conditions, keep_heap_warm
     from ..bench.session import run_case
     from .devices import pick_device
@@ -93,30 +102,28 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ValueError("--clock cpu: is for --device cpu --threads 1, where one thread does all the work")
     if not 0.0 <= args.seconds < float("inf"):
         raise ValueError(f"--seconds must be finite and at least 0, got {args.seconds}")
-    names, modes = _names(args), _modes(args)
+    cases, names, modes = _cases(args, device), _names(args), _modes(args)
     for path in (args.csv, args.plot):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no directory {str(path.parent)!r}")
     draw = _plotter() if args.plot is not None else None
-    make, dtype = CASES[args.case], DTYPES[args.dtype]
-    cases = [make(sequences, tokens, dtype, device, args.seed) for sequences, tokens in args.tokens]
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
         console.text(conditions(device, keep_heap_warm() if device == "cpu" else "", args.clock))
-        sessions: list[tuple[TokenCase, Session]] = []
+        sessions: list[tuple[Case, Session]] = []
         with console.progress("bench") as progress:
             for done, case in enumerate(cases):
 
                 def show(share: float, note: str, done: int = done, x: str = case.x) -> None:
                     progress((done + share) / len(cases), f"{x} {note}")
 
-                found = run_case(case, names, modes, clock=args.clock, budget_seconds=args.seconds, progress=show)
-                sessions.append((case, found))
+                options = {"clock": args.clock, "budget_seconds": args.seconds}
+                sessions.append((case, run_case(case, names[case.kernel], modes, progress=show, **options)))
     finally:
         torch.set_num_threads(threads)
     for case, session in sessions:
-        for mode in modes:
+        for mode in modes or case.modes:
             _table(console, case, session, mode)
     _report_missing(console, sessions)
     records = [record for _, session in sessions for record in session.records]
@@ -128,45 +135,64 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 1 if any(session.wrong for _, session in sessions) else 0
 
 
-def _names(args: argparse.Namespace) -> list[str]:
-    from ..bench.providers import OURS, PROVIDERS
+def _cases(args: argparse.Namespace, device: str) -> list[Case]:
+    from ..bench.case import DTYPES
+    from ..bench.cases import CASES
 
-    names = list(PROVIDERS) if args.providers is None else args.providers.split(",")
-    for name in names:
-        if name not in PROVIDERS:
-            raise ValueError(f"--providers: {name!r} is none of {', '.join(PROVIDERS)}")
-    if args.backend is None:
-        return names
+    if args.shape is not None and len(args.kernel) > 1:
+        raise ValueError(f"--shape: means something else for each of {', '.join(args.kernel)}; give one --kernel")
+    if args.ragged and "logits" not in args.kernel:
+        raise ValueError("--ragged: is for --kernel logits; the lengths of the other differ anyway")
+    cases: list[Case] = []
+    for kernel in args.kernel:
+        kind: Any = CASES[kernel]
+        options = {"ragged": True} if args.ragged and kernel == "logits" else {}
+        for size in args.shape or kind.default_sizes:
+            cases += [kind(*size, DTYPES[dtype], device, args.seed, **options) for dtype in args.dtype]
+    return cases
+
+
+def _names(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Per kernel, whom to measure."""
+    from ..bench.cases import CASES
+    from ..bench.providers import OURS, PROVIDERS
     from ..library import use_backend
 
-    try:
-        with use_backend(args.backend):
-            pass
-    except RuntimeError as error:  # asked for by name, so its absence is an error and no remark
-        raise ValueError(f"--backend {args.backend}: {error}") from error
-    own = f"{OURS}-{args.backend}"
-    others = [name for name in names if not name.startswith(f"{OURS}-")]
-    return [own, *others]
+    there = {kernel: PROVIDERS[kernel] for kernel in (CASES[name].kernel for name in args.kernel)}
+    everyone = list(dict.fromkeys(name for providers in there.values() for name in providers))
+    names = everyone if args.providers is None else args.providers.split(",")
+    for name in names:
+        if name not in everyone:
+            raise ValueError(f"--providers: {name!r} is none of {', '.join(everyone)}")
+    if args.backend is not None:
+        try:
+            with use_backend(args.backend):
+                pass
+        except RuntimeError as error:  # asked for by name, so its absence is an error and no remark
+            raise ValueError(f"--backend {args.backend}: {error}") from error
+        own = [name for name in everyone if name.startswith(f"{OURS}-{args.backend}")]
+        names = own + [name for name in names if not name.startswith(f"{OURS}-")]
+    return {kernel: [name for name in names if name in providers] for kernel, providers in there.items()}
 
 
-def _modes(args: argparse.Namespace) -> list[str]:
-    from ..bench.cases import MODES
+def _modes(args: argparse.Namespace) -> list[str] | None:
+    from ..bench.case import MODES
 
-    modes = args.modes.split(",")
-    for mode in modes:
+    modes = None if args.modes is None else args.modes.split(",")
+    for mode in modes or ():
         if mode not in MODES:
             raise ValueError(f"--modes: {mode!r} is none of {', '.join(MODES)}")
     return modes
 
 
-def _table(console: Console, case: TokenCase, session: Session, mode: str) -> None:
+def _table(console: Console, case: Case, session: Session, mode: str) -> None:
     """One mode of one size, the floor in its title."""
     floor = session.find("copy", mode)
     if floor is None:  # nobody could be timed
         return
     speed = floor.bytes / floor.p50 / 1e6
     title = (
-        f"{case.kernel} {case.x} {str(case.dtype).removeprefix('torch.')}, {mode}, {session.rounds[mode]} rounds; "
+        f"{case.title}, {mode}, {session.rounds[mode]} rounds; "
         f"floor {floor.p50:.3f} ms: {floor.bytes / 1e6:.2f} MB at the copy's {speed:.1f} GB/s"
     )
     header = (
@@ -179,6 +205,7 @@ def _table(console: Console, case: TokenCase, session: Session, mode: str) -> No
         "vs eager",
         "vs compile",
         "peak MiB",
+        "x input",
         "error/bound",
     )
     rows = []
@@ -192,7 +219,8 @@ def _table(console: Console, case: TokenCase, session: Session, mode: str) -> No
         rows.append(
             (
                 name, outputs, *(f"{value:.3f}" for value in (record.p50, record.p20, record.p80)),
-                f"{record.floor_ratio:.2f}", *gains, f"{memory.p50:.2f}", f"{session.errors[name]:.2f}",
+                f"{record.floor_ratio:.2f}", *gains, f"{memory.p50:.2f}", f"{memory.p50 * 2**20 / case.leaf_bytes:.2f}",
+                f"{session.errors[name]:.2f}",
             )
         )  # fmt: skip
     console.table(title, header, rows, left=2)
@@ -205,14 +233,14 @@ def _table(console: Console, case: TokenCase, session: Session, mode: str) -> No
         console.text(f"busy machine, calls that other processes interrupted: {shares}; --clock cpu leaves them out")
 
 
-def _report_missing(console: Console, sessions: list[tuple[TokenCase, Session]]) -> None:
-    said: set[str] = set()
+def _report_missing(console: Console, sessions: list[tuple[Case, Session]]) -> None:
+    said: set[tuple[str, str]] = set()
     for case, session in sessions:
         for name, why in session.wrong.items():
             console.remark(f"WRONG and not timed, {case.x}: {name}: {why.removeprefix(f'{name}: ')}")
         for name, why in session.absent.items():
-            if name not in said:
-                said.add(name)
+            if (name, why) not in said:
+                said.add((name, why))
                 console.remark(f"absent: {name}: {why}")
 
 
@@ -235,27 +263,33 @@ def _plotter() -> Callable[[Path, list[Record]], None]:
 
 
 def write_plot(path: Path, records: list[Record]) -> None:
-    """Times on a logarithmic axis, one panel a mode: bars for one size, lines over the tokens of several."""
+    """Times on a logarithmic axis, one panel a kernel and mode: bars for one size, lines over several."""
     from matplotlib import pyplot
 
+    from ..bench.cases import CASES
+
+    units = {case.kernel: case.unit for case in CASES.values()}
     records = [record for record in records if record.metric == "speed"]
-    modes, sizes = list(dict.fromkeys(r.mode for r in records)), list(dict.fromkeys(r.x for r in records))
-    figure, axes = pyplot.subplots(1, max(1, len(modes)), figsize=(5 * max(1, len(modes)), 4.2), squeeze=False)
-    for panel, mode in zip(axes[0], modes, strict=False):
-        for name in dict.fromkeys(r.provider for r in records):
-            mine = [r for r in records if (r.provider, r.mode) == (name, mode)]
+    panels = list(dict.fromkeys((r.kernel, r.mode) for r in records))
+    figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 4.6), squeeze=False)
+    for panel, (kernel, mode) in zip(axes[0], panels, strict=False):
+        here = [r for r in records if (r.kernel, r.mode) == (kernel, mode)]
+        sizes = list(dict.fromkeys(r.x for r in here))
+        for name in dict.fromkeys(r.provider for r in here):
+            mine = [r for r in here if r.provider == name]
             middle = [r.p50 for r in mine]
             spread = [[r.p50 - r.p20 for r in mine], [r.p80 - r.p50 for r in mine]]
             if len(sizes) == 1:
                 panel.bar([name] * len(mine), middle, yerr=spread, capsize=3)
             else:
                 panel.errorbar([r.x for r in mine], middle, yerr=spread, marker="o", capsize=3, label=name)
-        panel.set(yscale="log", title=mode, ylabel="ms", xlabel="" if len(sizes) == 1 else "sequences x tokens")
+        title = f"{kernel}, {mode}" + (f", {sizes[0]}" if len(sizes) == 1 else "")
+        panel.set(yscale="log", title=title, ylabel="ms", xlabel="" if len(sizes) == 1 else units[kernel])
         panel.tick_params(axis="x", rotation=60)
         if len(sizes) > 1:
             panel.legend(fontsize="small")
     if records:
-        figure.suptitle(f"{records[0].kernel} {', '.join(sizes)} on {records[0].device}", fontsize="medium")
+        figure.suptitle(records[0].device, fontsize="medium")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
