@@ -57,6 +57,14 @@ struct HalfElements {
     static GAC_INLINE float widen(Stored x) { return _cvtsh_ss(x); }
 };
 
+GAC_INLINE float largest_lane(Vec v) {
+    float lane[Vec::Lanes], largest;
+    v.store(lane);
+    largest = lane[0];
+    for (float each : lane) largest = each > largest ? each : largest;
+    return largest;
+}
+
 // e^d to about 1 ulp for -127 ln 2 <= d <= 0; 0 at -127 ln 2, where power_of_two is.
 GAC_INLINE Vec exp_floored(Vec d) { return exp_moderate(d); }
 

@@ -62,6 +62,8 @@ struct HalfElements {
     }
 };
 
+GAC_INLINE float largest_lane(Vec v) { return _mm512_reduce_max_ps(v.v); }
+
 // e^d to about 1 ulp for -127 ln 2 <= d <= 0, with flushed denormals: 0 from there to -126 ln 2, 1 at 0. d = (n + j / 32) ln 2
 // + f; 2^(j / 32) comes from a table in two registers, which leaves so small an f that two terms of e^f - 1 are enough
 // (relative error 5e-8, own minimax fit). Seventeen cycles from d to e^d where a polynomial alone takes forty.

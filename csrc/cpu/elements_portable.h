@@ -95,6 +95,15 @@ struct HalfConvert {
 using Bfloat16Elements = SmallElements<Bfloat16Convert>;
 using HalfElements = SmallElements<HalfConvert>;
 
+GAC_INLINE float largest_lane(Vec v) {
+    float lane[Vec::Lanes], largest;
+    v.store(lane);
+    largest = lane[0];
+    for (float each : lane) largest = each > largest ? each : largest;
+    return largest;
+}
+GAC_INLINE double largest_lane(VecDouble v) { return v.v; }
+
 // e^d to about 1 ulp for -127 ln 2 <= d <= 0; 0 at -127 ln 2, where power_of_two is.
 GAC_INLINE Vec exp_floored(Vec d) { return exp_moderate(d); }
 

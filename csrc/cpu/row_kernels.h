@@ -131,7 +131,7 @@ private:
             Row<Capped> row{
                 n, c.columns, target, reinterpret_cast<const Stored*>(c.logits.row(n)),
                 c.gradient.data ? reinterpret_cast<Stored*>(c.gradient.row(n)) : nullptr,
-                Transform<V, Capped>(c.scale, c.softcap, heat), scratch, scratch + c.columns / kBlockColumns + 1,
+                Transform<V, Capped>(c.scale, c.softcap, heat), scratch, scratch + c.columns / kBlock<E> + 1,
                 {}, 0, 0, {}};
             row.target_raw = static_cast<double>(E::widen(row.x[target]));
             one<Capped, task>(c, row);
@@ -216,9 +216,9 @@ private:
         const Transform<V, Capped> f = row.transform;
         const V origin(row.m.top), log_sum(row.m.log_sum), entropy(row.m.entropy), slope(slopes.logp),
             bonus(slopes.entropy), inverse(row.gift.inverse);
-        for (int64_t block = (row.columns - 1) / kBlockColumns; block >= 0; --block) {
-            const int64_t begin = block * kBlockColumns;
-            const int64_t end = begin + kBlockColumns < row.columns ? begin + kBlockColumns : row.columns;
+        for (int64_t block = (row.columns - 1) / kBlock<E>; block >= 0; --block) {
+            const int64_t begin = block * kBlock<E>;
+            const int64_t end = begin + kBlock<E> < row.columns ? begin + kBlock<E> : row.columns;
             if (gift) base_probabilities(c, row, begin, end);
             for_each_group<E>(
                 row.x, row.out, begin, end, [&](auto* from, auto* to, int64_t i, int) __attribute__((always_inline)) {
@@ -244,8 +244,8 @@ private:
         const Transform<V, Capped> f = row.transform;
         const V origin(row.m.top), log_sum(row.m.log_sum);
         double lanes[L] = {}, total = 0;
-        for (int64_t begin = 0; begin < row.columns; begin += kBlockColumns) {
-            const int64_t end = begin + kBlockColumns < row.columns ? begin + kBlockColumns : row.columns;
+        for (int64_t begin = 0; begin < row.columns; begin += kBlock<E>) {
+            const int64_t end = begin + kBlock<E> < row.columns ? begin + kBlock<E> : row.columns;
             base_probabilities(c, row, begin, end);
             V sum[K];
             for (int k = 0; k < K; ++k) sum[k] = V(0);
@@ -276,7 +276,7 @@ private:
             const V log_p = Exponential<V>::floor((V::load(to + i) - top) - log_sum);
             fma(keep, Exponential<V>::at(log_p), uniform).store(to + i);
         }
-        for (int64_t i = end - begin; i < kBlockColumns && i < end - begin + E::Group; ++i) to[i] = 0;
+        for (int64_t i = end - begin; i < kBlock<E> && i < end - begin + E::Group; ++i) to[i] = 0;
     }
 
     static void widen(const Call& c, int64_t n, int64_t begin, int64_t end, T* to) {

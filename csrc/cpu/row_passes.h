@@ -11,7 +11,9 @@
 
 namespace GAC_NAMESPACE {
 
-using gac::kBlockColumns;
+// Columns of a block.
+template <class E>
+constexpr int64_t kBlock = gac::kBlockBytes / sizeof(typename E::Stored);
 
 // e^d for d <= 0, exactly 0 where d is below the range of T; nan stays.
 template <class V>
@@ -124,11 +126,7 @@ GAC_INLINE typename V::Scalar largest_of(const typename E::Stored* x, int64_t be
     V all = largest[0][0];
     for (const auto& chain : largest)
         for (const V& each : chain) all = greater(all, each);
-    typename V::Scalar lanes[V::Lanes];
-    all.store(lanes);
-    typename V::Scalar highest = lanes[0];
-    for (auto lane : lanes) highest = lane > highest ? lane : highest;
-    return highest;
+    return largest_lane(all);
 }
 
 struct Moments {
@@ -147,8 +145,8 @@ __attribute__((noinline)) Moments measure_row(
     const Transform<V, Capped> f = transform;
     double sum[L] = {}, square[L] = {}, moment[L] = {};  // of e, e^2 and e (z - top)
     double top = -kInfinity;
-    for (int64_t begin = 0, block = 0; begin < columns; begin += kBlockColumns, ++block) {
-        const int64_t end = begin + kBlockColumns < columns ? begin + kBlockColumns : columns;
+    for (int64_t begin = 0, block = 0; begin < columns; begin += kBlock<E>, ++block) {
+        const int64_t end = begin + kBlock<E> < columns ? begin + kBlock<E> : columns;
         const T highest = largest_of<V, E>(x, begin, end);
         const double rise = first_lane(f.above(V(static_cast<double>(highest)), V(0)));  // the transform is increasing
         if (rise > top) {
@@ -167,7 +165,7 @@ __attribute__((noinline)) Moments measure_row(
         const auto step = [&](auto* from, auto* to, int64_t i, int size) __attribute__((always_inline)) {
             V v[K];
             E::load(from, v);
-            prefetch(x, (i + kBlockColumns) * sizeof(*x));
+            prefetch(x, (i + kBlock<E>) * sizeof(*x));
             for (int k = 0; k < K; ++k) {
                 const V d = Exponential<V>::floor(f.above(v[k], origin));
                 v[k] = Exponential<V>::at(d);
@@ -183,11 +181,14 @@ __attribute__((noinline)) Moments measure_row(
             if constexpr (Store) E::store(to, v);
         };
         for_each_group<E>(x, Store ? out : nullptr, begin, end, step);
-        for (int k = 0; k < K; ++k) {
-            s[k].add_to(sum);
-            s2[k].add_to(square);
-            sd[k].add_to(moment);
+        for (int k = 1; k < K; ++k) {
+            s[0] = s[0] + s[k];
+            s2[0] = s2[0] + s2[k];
+            sd[0] = sd[0] + sd[k];
         }
+        s[0].add_to(sum);
+        s2[0].add_to(square);
+        sd[0].add_to(moment);
     }
     double total = 0, squares = 0, moments = 0;
     for (int l = 0; l < L; ++l) {
@@ -207,9 +208,9 @@ template <class V, class E>
 __attribute__((noinline)) void gradient_of_stored(
     typename E::Stored* x, int64_t columns, double coefficient, const Moments& m, const typename V::Scalar* block_top) {
     constexpr int K = E::Vectors;
-    for (int64_t block = (columns - 1) / kBlockColumns; block >= 0; --block) {  // backwards, to meet the cache
-        const int64_t begin = block * kBlockColumns;
-        const int64_t end = begin + kBlockColumns < columns ? begin + kBlockColumns : columns;
+    for (int64_t block = (columns - 1) / kBlock<E>; block >= 0; --block) {  // backwards, to meet the cache
+        const int64_t begin = block * kBlock<E>;
+        const int64_t end = begin + kBlock<E> < columns ? begin + kBlock<E> : columns;
         const double shift = static_cast<double>(block_top[block]) - m.top - m.log_sum;
         const V factor(coefficient * __builtin_exp(shift));
         for_each_group<E>(x, x, begin, end, [&](auto* from, auto* to, int64_t, int) __attribute__((always_inline)) {
@@ -264,7 +265,8 @@ inline Gift gift_target(const Moments& base, double base_y, double beta, double 
     const double high = raised > rest ? raised : rest, low = raised > rest ? rest : raised;
     const double log_d = high + __builtin_log1p(__builtin_exp(low - high));
     const double inverse = __builtin_exp(-log_d), target = __builtin_exp(raised - log_d);
-    return {true, base.top, base.log_sum, keep, uniform, inverse, target, target - p * inverse};
+    const double excess = target - p * inverse;  // not below 0 but for rounding, which an infinite logit would meet
+    return {true, base.top, base.log_sum, keep, uniform, inverse, target, excess > 0 ? excess : 0};
 }
 
 }  // namespace GAC_NAMESPACE

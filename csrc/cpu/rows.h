@@ -45,8 +45,8 @@ struct RowsCall {
     const T *given_normalizer, *given_entropy, *slope, *entropy_slope;
 };
 
-// Over the rows [begin, end). `scratch` belongs to the calling thread: columns / kBlockColumns + 1 elements, a running
-// maximum a block, and kBlockColumns more, a block of base probabilities.
+// Over the rows [begin, end). `scratch` belongs to the calling thread: a running maximum a block, and a block of base
+// probabilities: columns / kBlock + 1 elements and kBlock more.
 template <class T>
 struct RowKernels {
     void (*statistics)(const RowsCall<T>&, int64_t begin, int64_t end, T* scratch);
@@ -54,8 +54,8 @@ struct RowKernels {
     void (*fused)(const RowsCall<T>&, int64_t begin, int64_t end, T* scratch);
 };
 
-// Columns are worked on in blocks that stay in the first-level cache, converted or not.
-constexpr int64_t kBlockColumns = 2048;
+// A row is worked on in blocks of so many bytes, so that one and the next stay in the first-level cache.
+constexpr int64_t kBlockBytes = 8192;
 
 struct FloatRowKernels {
     RowKernels<float> of_float, of_bfloat16, of_half;

@@ -58,7 +58,7 @@ const RowKernels<T>& kernels(Element element) {
 template <class T, class F>
 void over_rows(int64_t rows, int64_t columns, const F& function) {
     constexpr int64_t kElementsWorthAThread = 32768;
-    const int64_t scratch = columns / kBlockColumns + 1 + kBlockColumns;
+    const int64_t scratch = columns / (kBlockBytes / 8) + 1 + kBlockBytes / 2;  // elements of 2 to 8 bytes
     const int64_t worth = rows * columns / kElementsWorthAThread;
     const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), rows, worth});
     if (threads <= 1) {
