@@ -32,7 +32,7 @@ CLIPPING = (codes.GRPO.value, codes.CISPO.value, codes.GSPO.value)
 
 
 class Batch(NamedTuple):
-    """Inputs of ``library.token_loss``; a kernel is compiled without those that are None."""
+    """Inputs of ``schemas.py's token_loss``; a kernel is compiled without those that are None."""
 
     mask: Tensor
     cu_seqlens: Tensor | None
@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     ref_logprobs: Tensor | None = None
     entropy: Tensor | None = None
     sum_sq: Tensor | None = None
+    supervised: Tensor | None = None
 
 
 class Looked(NamedTuple):
@@ -56,7 +57,7 @@ class Looked(NamedTuple):
 
 
 class Out(NamedTuple):
-    """Outputs of ``library.token_loss`` that `token` writes."""
+    """Outputs of ``schemas.py's token_loss`` that `token` writes."""
 
     rows: Tensor
     logprobs: Tensor
@@ -68,12 +69,13 @@ class Out(NamedTuple):
 def token_loss(
     logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None, seq_len: int, is_expert: Tensor,
     advantages: Tensor | None, token_advantages: bool, old_logprobs: Tensor | None, ref_logprobs: Tensor | None,
-    rollout_weights: Tensor | None, entropy: Tensor | None, sum_sq: Tensor | None, groups: Tensor | None, mu: Tensor,
+    rollout_weights: Tensor | None, entropy: Tensor | None, sum_sq: Tensor | None, supervised: Tensor | None,
+    groups: Tensor | None, mu: Tensor,
     policy_denominator: Tensor | None, supervised_denominator: Tensor | None,
     policy: int, p0: float, p1: float, p2: float, phi: bool, kl_coef: float, kl_estimator: int, kl_ratio_weighted: bool,
     entropy_coef: float, aggregation: int, supervised_aggregation: int, norm_length: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Arguments and results as the schema in ``library.py`` says.
+    """Arguments and results as the schema in ``schemas.py`` says.
 
     Raises:
         RuntimeError: for tensors on a CPU, unless the process runs Triton's interpreter.
@@ -82,7 +84,8 @@ def token_loss(
     _check(logprobs)
     S, N, width = is_expert.shape[0], logprobs.numel(), 16 // logprobs.element_size()
     tensors = (
-        mask, cu_seqlens, is_expert, logprobs, old_logprobs, advantages, rollout_weights, ref_logprobs, entropy, sum_sq
+        mask, cu_seqlens, is_expert, logprobs, old_logprobs, advantages, rollout_weights, ref_logprobs, entropy, sum_sq,
+        supervised,
     )  # fmt: skip
     batch = Batch(*(None if x is None else x.contiguous() for x in tensors))
     loss, scalars, out = _outputs(batch, S)
@@ -139,7 +142,7 @@ def _looked(batch: Batch, S: int, coupled: bool) -> tuple[Looked, Batch]:
     if not coupled:
         return looked, Batch(batch.mask, batch.cu_seqlens, batch.is_expert)
     looked = looked._replace(ratio=new(S, dtype=torch.float64), coupled=new(S, dtype=torch.float64))
-    return looked, batch._replace(ref_logprobs=None, entropy=None, sum_sq=None)
+    return looked, batch._replace(ref_logprobs=None, entropy=None, sum_sq=None, supervised=None)
 
 
 def _check(logprobs: Tensor) -> None:

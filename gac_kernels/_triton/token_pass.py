@@ -76,6 +76,8 @@ def token(
 
         # 2. The supervised term, whose slope the signals want on rollouts too.
         expert_loss, cs, p = supervised_term(logp, PHI)
+        if batch.supervised is not None:
+            expert_loss = tl.where(live, read(batch.supervised, start, i, length, BLOCK), 0.0)
         cs = tl.where(live, cs, 0.0)
 
         # 3. The policy term and its KL penalty.

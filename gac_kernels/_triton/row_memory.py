@@ -1,0 +1,43 @@
+"""How a kernel reads and writes one row of logits.
+
+A tile is (LANES, WIDTH): a lane's WIDTH neighbouring columns come with one 16-byte access where the row begins on such a
+boundary, which is decided at run time, so that no length compiles anything anew. Which lane a column belongs to depends
+on the column alone. Nothing outside the row is touched.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def columns(i, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns of the tile that begins at column ``i``."""
+    return i + (tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+
+
+@triton.jit
+def start_of(n, B, stride_a, stride_b):
+    """Where row ``n`` of (A, B, V) begins, in elements; all int64."""
+    return n // B * stride_a + n % B * stride_b
+
+
+@triton.jit
+def read_tile(pointer, start, i, V, other: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns ``i`` on of the row of ``V`` columns at ``start``; ``other`` beyond its end."""
+    column = columns(i, LANES, WIDTH)
+    whole = tl.where(start % WIDTH == 0, V // WIDTH * WIDTH, 0)
+    value = tl.load(pointer + (start // WIDTH * WIDTH + column), mask=column < whole, other=other)
+    if whole < tl.minimum(V, i + LANES * WIDTH):
+        rest = tl.load(pointer + (start + column), mask=(column >= whole) & (column < V), other=other)
+        value = tl.where(column < whole, value, rest)
+    return value
+
+
+@triton.jit
+def write_tile(pointer, start, i, V, value, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The counterpart of :func:`read_tile`."""
+    column = columns(i, LANES, WIDTH)
+    whole = tl.where(start % WIDTH == 0, V // WIDTH * WIDTH, 0)
+    tl.store(pointer + (start // WIDTH * WIDTH + column), value, mask=column < whole)
+    if whole < tl.minimum(V, i + LANES * WIDTH):
+        tl.store(pointer + (start + column), value, mask=(column >= whole) & (column < V))
