@@ -9,6 +9,7 @@ namespace GAC_NAMESPACE {
 struct FloatElements {
     using Stored = float;
     static constexpr int Vectors = 1, Group = 8;
+    static constexpr bool Interleaved = false;
     static constexpr Stored kLowest = -__builtin_huge_valf(), kNan = __builtin_nanf("");
 
     static GAC_INLINE void load(const Stored* x, Vec (&v)[1]) { v[0] = Vec::load(x); }
@@ -19,6 +20,7 @@ struct FloatElements {
 struct Bfloat16Elements {
     using Stored = uint16_t;
     static constexpr int Vectors = 2, Group = 16;
+    static constexpr bool Interleaved = true;
     static constexpr Stored kLowest = 0xff80, kNan = 0x7fc0;
 
     static GAC_INLINE void load(const Stored* x, Vec (&v)[2]) {
@@ -45,6 +47,7 @@ struct Bfloat16Elements {
 struct HalfElements {
     using Stored = uint16_t;
     static constexpr int Vectors = 1, Group = 8;
+    static constexpr bool Interleaved = false;
     static constexpr Stored kLowest = 0xfc00, kNan = 0x7e00;
 
     static GAC_INLINE void load(const Stored* x, Vec (&v)[1]) {

@@ -1,5 +1,5 @@
-// Elements in memory to and from AVX-512 lanes. A group is what one 64- or 32-byte access brings; which lane an element
-// comes to depends on its place in the group alone.
+// Elements in memory to and from AVX-512 lanes. A group fills two vectors; which lane an element comes to depends on its place
+// in the group alone: natural order, or where Interleaved, even elements in the first vector and odd ones in the second.
 #pragma once
 
 #include "rows.h"
@@ -9,18 +9,26 @@ namespace GAC_NAMESPACE {
 
 struct FloatElements {
     using Stored = float;
-    static constexpr int Vectors = 1, Group = 16;
+    static constexpr int Vectors = 2, Group = 32;
+    static constexpr bool Interleaved = false;
     static constexpr Stored kLowest = -__builtin_huge_valf(), kNan = __builtin_nanf("");
 
-    static GAC_INLINE void load(const Stored* x, Vec (&v)[1]) { v[0] = Vec::load(x); }
-    static GAC_INLINE void store(Stored* x, const Vec (&v)[1]) { v[0].store(x); }
+    static GAC_INLINE void load(const Stored* x, Vec (&v)[2]) {
+        v[0] = Vec::load(x);
+        v[1] = Vec::load(x + 16);
+    }
+    static GAC_INLINE void store(Stored* x, const Vec (&v)[2]) {
+        v[0].store(x);
+        v[1].store(x + 16);
+    }
     static GAC_INLINE float widen(Stored x) { return x; }
 };
 
-// Thirty-two at once: even elements in v[0], odd ones in v[1], so that no lane has to cross.
+// Interleaved, so that nothing has to cross lanes.
 struct Bfloat16Elements {
     using Stored = uint16_t;
     static constexpr int Vectors = 2, Group = 32;
+    static constexpr bool Interleaved = true;
     static constexpr Stored kLowest = 0xff80, kNan = 0x7fc0;
 
     static GAC_INLINE void load(const Stored* x, Vec (&v)[2]) {
@@ -47,15 +55,19 @@ struct Bfloat16Elements {
 
 struct HalfElements {
     using Stored = uint16_t;
-    static constexpr int Vectors = 1, Group = 16;
+    static constexpr int Vectors = 2, Group = 32;
+    static constexpr bool Interleaved = false;
     static constexpr Stored kLowest = 0xfc00, kNan = 0x7e00;
 
-    static GAC_INLINE void load(const Stored* x, Vec (&v)[1]) {
-        v[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    static GAC_INLINE void load(const Stored* x, Vec (&v)[2]) {
+        for (int k = 0; k < 2; ++k)
+            v[k] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 16 * k)));
     }
-    static GAC_INLINE void store(Stored* x, const Vec (&v)[1]) {
-        const __m256i half = _mm512_cvtps_ph(v[0].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), half);
+    static GAC_INLINE void store(Stored* x, const Vec (&v)[2]) {
+        for (int k = 0; k < 2; ++k)
+            _mm256_storeu_si256(
+                reinterpret_cast<__m256i*>(x + 16 * k),
+                _mm512_cvtps_ph(v[k].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
     static GAC_INLINE float widen(Stored x) {
         return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(x))));

@@ -10,6 +10,7 @@ namespace GAC_NAMESPACE {
 struct FloatElements {
     using Stored = float;
     static constexpr int Vectors = 1, Group = 4;
+    static constexpr bool Interleaved = false;
     static constexpr Stored kLowest = -__builtin_huge_valf(), kNan = __builtin_nanf("");
 
     static GAC_INLINE void load(const Stored* x, Vec (&v)[1]) { v[0] = Vec::load(x); }
@@ -20,6 +21,7 @@ struct FloatElements {
 struct DoubleElements {
     using Stored = double;
     static constexpr int Vectors = 1, Group = 1;
+    static constexpr bool Interleaved = false;
     static constexpr Stored kLowest = -__builtin_huge_val(), kNan = __builtin_nan("");
 
     static GAC_INLINE void load(const Stored* x, VecDouble (&v)[1]) { v[0] = VecDouble(*x); }
@@ -32,6 +34,7 @@ template <class Convert>
 struct SmallElements : Convert {
     using Stored = uint16_t;
     static constexpr int Vectors = 1, Group = 4;
+    static constexpr bool Interleaved = false;
 
     static GAC_INLINE void load(const Stored* x, Vec (&v)[1]) {
         v[0] = Floats{Convert::widen(x[0]), Convert::widen(x[1]), Convert::widen(x[2]), Convert::widen(x[3])};

@@ -25,6 +25,15 @@ struct WithoutDenormals {
 #endif
 };
 
+// The term of a token is computed as token_loss does, inside such a region too.
+struct WithDenormals {
+#if defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+    WithDenormals() { _mm_setcsr(before & ~0x8040u); }
+    ~WithDenormals() { _mm_setcsr(before); }
+#endif
+};
+
 template <class T>
 GAC_INLINE int64_t target_of(const RowsCall<T>& c, int64_t n) {
     return c.wide_targets ? static_cast<const int64_t*>(c.targets)[n] : static_cast<const int32_t*>(c.targets)[n];
@@ -52,7 +61,7 @@ double policy_slope(const RowsCall<typename V::Scalar>& c, int64_t n, typename V
 }
 
 template <class V>
-Slopes token_slopes(const RowsCall<typename V::Scalar>& c, int64_t n, typename V::Scalar logp) {
+__attribute__((noinline)) Slopes token_slopes(const RowsCall<typename V::Scalar>& c, int64_t n, typename V::Scalar logp) {
     const V weight(static_cast<double>(c.weight[n]));
     if (c.kind[n] == kDemonstration) {
         const V cs = c.term.phi ? phi_slope(exp(V(static_cast<double>(logp)))) : V(-1);
@@ -175,6 +184,7 @@ private:
         if constexpr (task == kStatistics) return;
         Slopes slopes;
         if constexpr (task == kFused) {
+            const WithDenormals region;
             slopes = token_slopes<V>(c, n, static_cast<T>(row.target_logp));
         } else {
             slopes = {static_cast<double>(c.slope[n]), bonus ? static_cast<double>(c.entropy_slope[n]) : 0};

@@ -81,10 +81,14 @@ struct Rows {
     const OptionalTensor &temperature, &base_logits;
     double scale, softcap, temperature_value, beta, smooth;
 
+    void check_dimensions() const {
+        STD_TORCH_CHECK(logits.dim() == 3, in.op, ": logits must have three dimensions (A, B, V)");
+    }
     int64_t count() const { return logits.size(0) * logits.size(1); }
 
     template <class T>
     RowsCall<T> call(Element element) const {
+        check_dimensions();
         RowsCall<T> c{};
         const int64_t N = count();
         c.columns = logits.size(2);
@@ -114,7 +118,9 @@ struct Rows {
     }
 };
 
-Tensor new_gradient(const Tensor& logits) {
+Tensor new_gradient(const Rows& rows) {
+    rows.check_dimensions();
+    const Tensor& logits = rows.logits;
     return empty({logits.size(0), logits.size(1), logits.size(2)}, dtype_of(logits));
 }
 
@@ -214,7 +220,7 @@ Tensor row_gradient(
     double temperature_value, double beta, double smooth) {
     const Rows rows{{"row_gradient"}, logits, targets, kind, temperature, base_logits,
                     scale, softcap, temperature_value, beta, smooth};
-    const Tensor gradient = new_gradient(logits);
+    const Tensor gradient = new_gradient(rows);
     differentiate(rows, normalizer, entropy, slope, entropy_slope, gradient);
     return gradient;
 }
@@ -235,7 +241,7 @@ RowStatistics fused_rows(
     double p1, double p2, bool phi, double kl_coef, int64_t kl_estimator, bool kl_ratio_weighted, double entropy_coef) {
     const Rows rows{{"fused_rows"}, logits, targets, kind, temperature, base_logits,
                     scale, softcap, temperature_value, beta, smooth};
-    const Tensor gradient = new_gradient(logits);
+    const Tensor gradient = new_gradient(rows);
     const FusedResults out = fuse(
         rows,
         {weight, advantages, old_logprobs, ref_logprobs, rollout_weights,
