@@ -49,8 +49,8 @@ class TokenBatch:
         mask: bool, shaped as ``targets``; False where a token takes no part. Places holding ``-100`` are False.
         cu_seqlens: ``(S + 1,)`` int64 offsets of a packed batch, else None.
         is_expert: ``(S,)`` bool, True for demonstrations.
-        advantages: ``(S,)`` or shaped as ``targets`` (one a sequence where the two are the same), or None when the batch
-            holds demonstrations only.
+        advantages: ``(S,)`` or shaped as ``targets`` (one a sequence where the two are the same), or None when the
+            batch holds demonstrations only.
         old_logprobs: log-probs under the policy that sampled; None means on-policy (ratio 1, slope alive).
         ref_logprobs: log-probs under the reference model of the KL penalty.
         rollout_weights: detached importance weights that multiply the policy term and never the KL.

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton_support import DEVICE
 
 from gac_kernels import library, reference
 from gac_kernels.bench import measure, peers, session
@@ -53,6 +54,15 @@ def test_every_kind_of_row(seed, ragged):
     assert (ratio > 0.1).any() and (ratio < -0.1).any()
     p = logp[batch.mask].exp()
     assert (p < 0.2).any() and (p > 0.8).any()
+
+
+def test_a_released_case_is_the_same_again():
+    case = RowCase(8, 30)
+    first, right = case.leaf().detach().clone(), verify(PROVIDERS["eager"](case), case)
+    case.release()
+    assert not any(isinstance(value, torch.Tensor) for value in vars(case).values())
+    assert torch.equal(case.leaf().detach(), first)
+    assert verify(PROVIDERS["eager"](case), case) == right
 
 
 def test_sizes_that_do_not_fit():
@@ -254,6 +264,24 @@ def test_liger_takes_no_cpu_tensors():
     for name, why in (("liger", "CPU"), ("liger-chunked", "hidden states")):
         with pytest.raises(Unavailable, match=why):
             PROVIDERS[name](RowCase(4, 8))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_liger_computes_our_policy_loss(monkeypatch, ragged):
+    """In Triton's interpreter: the formula is in question, and how the benchmark calls it."""
+    pytest.importorskip("liger_kernel.transformers.grpo_loss")
+    monkeypatch.setattr(peers, "_on_gpu", lambda case: True)
+    case = RowCase(16, 300, device=DEVICE, ragged=ragged)
+    provider = PROVIDERS["liger"](case)
+    assert provider.outputs == POLICY and verify(provider, case) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "module"), [("trl", "trl.trainer.utils"), ("verl", "verl.utils.torch_functional")])
+def test_peers_compute_our_outputs(name, module, dtype):
+    pytest.importorskip(module)
+    case = RowCase(16, 300, dtype, ragged=True)
+    assert verify(PROVIDERS[name](case), case) <= 1.0
 
 
 def test_policy_only_peers_get_every_row():

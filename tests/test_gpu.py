@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from logit_support import LogitCase, check_gradient, check_rows, make, run
 
 import gac_kernels as gk
 from gac_kernels.bench.cases import TokenCase
 from gac_kernels.bench.session import run_case
-from gac_kernels.commands.selftest import OBJECTIVES, cases, check_backend
+from gac_kernels.commands.selftest import CASES, check_backend, logit_cases, token_cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")]
 
@@ -20,7 +21,7 @@ def test_triton_serves_the_device():
 def test_every_objective_against_float64():
     outcome = check_backend("triton", "cuda", seed=0, budget_seconds=600.0)
     assert outcome.status == "passed", outcome.why
-    assert outcome.cases == f"{2 * len(OBJECTIVES)} of {2 * len(OBJECTIVES)}"
+    assert outcome.cases == f"{CASES} of {CASES}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -38,9 +39,22 @@ def _step(objective, batch, logprobs, entropy, sum_sq, mu):
     return out, leaf.grad
 
 
+def _logit_step(objective, batch, logits, mu):
+    leaf = logits.clone().requires_grad_()
+    out = gk.hybrid_loss_from_logits(leaf, batch, objective, mu, inplace=True)
+    out.loss.backward()
+    return out, leaf.grad
+
+
 def test_the_same_call_gives_the_same_bits():
     mu = torch.tensor(0.37, device="cuda")
-    for case in cases(seed=1, device="cuda"):
+    for case in logit_cases(seed=1, device="cuda"):
+        first, gradient = _logit_step(*case, mu)
+        for _ in range(250):
+            again, other = _logit_step(*case, mu)
+            assert torch.equal(again.loss, first.loss) and torch.equal(other, gradient)
+            assert torch.equal(again.signals.rows, first.signals.rows)
+    for case in token_cases(seed=1, device="cuda"):
         first, gradient = _step(*case, mu)
         for _ in range(50):
             again, other = _step(*case, mu)
@@ -52,7 +66,7 @@ def test_the_same_call_gives_the_same_bits():
 def test_loss_and_controller_never_wait_for_the_device():
     """Two rounds: the first compiles kernels, which may wait; in the second a wait is an error."""
     controller = gk.GuidedAdaptiveController(gk.ControllerConfig(update_every=1), device="cuda")
-    inputs = list(cases(seed=2, device="cuda"))
+    inputs, rows = list(token_cases(seed=2, device="cuda")), list(logit_cases(seed=2, device="cuda"))
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -60,6 +74,46 @@ def test_loss_and_controller_never_wait_for_the_device():
                 out, _ = _step(*case, controller.mu)
                 controller.observe(gk.Signals(out.signals.rows))
                 controller.step()
+            for case in rows:
+                _logit_step(*case, controller.mu)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(controller.mu).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("V", [33, 2049, 129_920, 151_936])
+def test_rows_against_float64(V, dtype):
+    """Peaked rows, a vocabulary that is no multiple of a tile, in place and not."""
+    for inplace in (False, True):
+        case = make((3, 2), (False, True), V=V, dtype=dtype, scale=8.0, holes=False)
+        want, want_gradient = case.oracle(gk.HybridObjective(kl_coef=0.1), 0.3)
+        device = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in vars(case.batch).items()}
+        moved = LogitCase(case.logits.cuda(), gk.TokenBatch(**device))
+        got, gradient = run(gk.hybrid_loss_from_logits, moved, gk.HybridObjective(kl_coef=0.1), 0.3, inplace=inplace)
+        check_rows(got.logprobs.cpu(), want.logprobs, torch.promote_types(dtype, torch.float32))
+        check_gradient(gradient.cpu(), want_gradient, condition=20.0)
+
+
+def test_a_cuda_graph_replays_the_loss_and_its_gradient():
+    objective, batch, logits = next(logit_cases(seed=3, device="cuda"))
+    mu, leaf = torch.tensor(0.3, device="cuda"), logits.clone().requires_grad_()
+
+    def step():
+        out = gk.hybrid_loss_from_logits(leaf, batch, objective, mu)
+        return out.loss, torch.autograd.grad(out.loss, leaf)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradient = step()
+    for value in (0.3, 0.8):
+        mu.fill_(value)
+        graph.replay()
+        want_loss, want_gradient = step()
+        assert torch.equal(loss, want_loss) and torch.equal(gradient, want_gradient)

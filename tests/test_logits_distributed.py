@@ -79,7 +79,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_ranks_equal_one_process(ranks, name):
-    model, hidden, batch, counts = everything()
+    model, hidden, batch, _ = everything()
     out = gk.hybrid_loss_from_logits(model(hidden), batch, OBJECTIVE, 0.3)
     out.loss.backward()
     for loss, gradients, rows in (rank[name] for rank in ranks):

@@ -26,6 +26,16 @@ SOME = [
     {"policy": "GSPO()", "arch": 80, "dtype": "float32", "packed": False},
     {"policy": "DFPO()", "arch": 90, "dtype": "float32", "packed": True},
 ]
+ROWS = [
+    *({"rows": "fused_rows_", "arch": arch, "dtype": "bfloat16"} for arch in (80, 90, 100)),
+    *({"rows": "fused_rows_", "arch": 90, "dtype": dtype} for dtype in ("float32", "float16", "float64")),
+    {"rows": "fused_rows_", "arch": 90, "dtype": "bfloat16", "V": 1000},
+    {"rows": "fused_rows_", "arch": 90, "dtype": "bfloat16", "gift": True, "entropy_coef": 0.1, "softcap": 5.0},
+    {"rows": "row_statistics", "arch": 90, "dtype": "bfloat16"},
+    {"rows": "row_gradient", "arch": 100, "dtype": "bfloat16", "entropy_coef": 0.1},
+    {"rows": "scale_", "arch": 90, "dtype": "bfloat16"},
+    {"rows": "token_weights", "arch": 90},
+]
 POLICIES = (*(case["policy"] for case in SOME), "DFPO('adv_orthogonal', 'product')")
 TARGETS = (
     {"arch": 80}, {"arch": 100}, {"arch": 90}, {"arch": 90, "packed": True, "token_advantages": True},
@@ -33,7 +43,7 @@ TARGETS = (
 )  # fmt: skip
 ALL = [{"policy": p, "dtype": d, **target} for p, d, target in product(POLICIES, ("float32", "float64"), TARGETS)]
 AMD = [{"policy": policy, "arch": "gfx942", "dtype": d} for policy in POLICIES for d in ("float32", "float64")]
-VARIANTS, AMD = (ALL, AMD) if FULL else (SOME, [])
+VARIANTS, AMD = ([*ALL, *ROWS], AMD) if FULL else ([*SOME, *ROWS], [])
 # Numbers that change from step to step, from the first of each list on. 1, 16 and 2^31 are what triton specialises on.
 SIZES = [{"S": S, "T": T} for S, T in ((8, 64), (1, 64), (16, 1), (300, 16), (7, 77), (32, 2**27))]
 FLOATS = [
@@ -44,6 +54,10 @@ REPEATED = [
     [{**size, "policy": p, "packed": q} for size in SIZES] for p, q in (("SAPO('sigmoid')", False), ("DFPO()", True))
 ]
 REPEATED[0] += FLOATS
+# Rows: more than 2^31 logits, rows that begin anywhere, one row, another scale.
+LENGTHS = [(8, 64, 4096), (1, 1, 151936), (16, 2**16, 50257), (7, 2**20, 2049), (300, 16, 2**20)]
+REPEATED.append([{"rows": "fused_rows_", "dtype": "bfloat16", "S": S, "T": T, "V": V} for S, T, V in LENGTHS])
+REPEATED[2].append({"rows": "fused_rows_", "dtype": "bfloat16", "scale": 0.5, "policy": "SAPO('sigmoid', 3.0, 4.0)"})
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +103,25 @@ class TestMachineCode:
         assert token["instructions"].get("LDG.E.128", 0) >= loads
         assert token["instructions"].get("STG.E.128", 0) >= 2 + full
 
+    def test_logits_travel_in_sixteen_bytes(self, kernels, index):
+        """Both looks at a row, and the gradient."""
+        row = next((k for k in self.fresh(kernels, index) if k["kernel"] == "row_kernel"), None)
+        if row is None:
+            pytest.skip("not a row kernel, or that of an earlier case")
+        fused, written = "fused" in VARIANTS[index]["rows"], VARIANTS[index]["rows"] != "row_statistics"
+        assert row["instructions"].get("LDG.E.128", 0) >= 1 + fused
+        assert row["instructions"].get("STG.E.128", 0) >= written
+
     def test_contraction_is_pinned(self, kernels, index):
         assert not any(kernel["fusion"] for kernel in self.fresh(kernels, index))
 
 
-@pytest.mark.parametrize("group", range(len(REPEATED)), ids=["padded", "packed"])
+@pytest.mark.parametrize("group", range(len(REPEATED)), ids=["padded", "packed", "rows"])
 def test_a_new_length_or_number_compiles_nothing(kernels, group):
     first = len(VARIANTS) + sum(map(len, REPEATED[:group]))
     runs = kernels[first : first + len(REPEATED[group])]
     identities = [[(kernel["kernel"], kernel["identity"]) for kernel in run] for run in runs]
-    assert len(identities[0]) == (3, 4)[group]
+    assert len(identities[0]) == (3, 4, 1)[group]
     assert all(run == identities[0] for run in identities[1:])
 
 

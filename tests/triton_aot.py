@@ -27,7 +27,10 @@ from triton.runtime import driver
 
 import gac_kernels as gk
 from gac_kernels import schemas
+from gac_kernels._triton.rows import fused_rows_, row_gradient, row_statistics
+from gac_kernels._triton.scale import scale_
 from gac_kernels._triton.token_loss import LAUNCH, token_loss
+from gac_kernels._triton.token_weights import token_weights
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
@@ -79,6 +82,38 @@ def call(
     )  # fmt: skip
 
 
+def call_rows(
+    rows: str, policy: str = "SAPO()", dtype: str = "float32", *, S: int = 8, T: int = 64, V: int = 4096,
+    full: bool = True, gift: bool = False, entropy_coef: float = 0.0, softcap: float = 0.0, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """One call of a row operator, ``rows``, or of `token_weights` or `scale_`."""
+    kind, N = getattr(torch, dtype), S * T
+    acc = torch.promote_types(kind, torch.float32)
+
+    def meta(*shape: int, dtype: torch.dtype = acc) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    logits = meta(S, T + 1, V, dtype=kind)[:, :-1]
+    if rows == "scale_":
+        return scale_(logits, meta())
+    if rows == "token_weights":
+        weights = (1, 0, 100.0)
+        args = meta(N, dtype=torch.bool), None, T, meta(S, dtype=torch.bool), meta(S), False, meta(), None, None
+        return token_weights(*args, *weights)
+    base = meta(S, T, V, dtype=kind) if gift else None
+    leading = logits, meta(N, dtype=torch.int64), meta(N, dtype=torch.uint8), meta(N) if full else None, base
+    static = scale, softcap, 1.0, 20.0, 0.0
+    if rows == "row_statistics":
+        row_statistics(*leading, *static)
+    elif rows.startswith("row_gradient"):
+        bonus = meta(N) if entropy_coef else None
+        row_gradient(*leading, meta(N, 4 if gift else 2), meta(N), meta(N), bonus, *static)
+    else:
+        made = gk.HybridObjective(eval(policy, vars(gk)), kl_coef=0.1, entropy_coef=entropy_coef)
+        optional = [meta(N) if full else None for _ in range(3)]
+        fused_rows_(*leading, meta(N), meta(N), *optional, *static, *schemas.encode_term(made))
+
+
 def machine_code(kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -104,7 +139,7 @@ def main(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         driver.set_active(Driver(GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32)))
         LAUNCH.pop("maxnreg", None) if amd else LAUNCH.setdefault("maxnreg", 255)  # an option of one vendor
         compiled.clear()
-        call(**arguments)
+        (call_rows if "rows" in arguments else call)(**arguments)
         kernels = []
         for name, kernel in compiled:
             fresh = not any(kernel is other for other in seen)

@@ -20,6 +20,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 if DEVICE == "cpu":
     triton_watch.patch_languages_once_a_launch()
+    triton_watch.patch_rounding_to_bfloat16()
 interpreted_only = pytest.mark.skipif(DEVICE != "cpu", reason="looks into Triton's interpreter")
 
 

@@ -117,3 +117,21 @@ def patch_languages_once_a_launch() -> None:
         return launch(self, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+
+
+def patch_rounding_to_bfloat16() -> None:
+    """The interpreter cuts the last 16 bits of a float32 off; every GPU rounds to nearest, ties to even."""
+    import numpy as np
+    import torch
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(value, input_dtype, output_dtype, mode):
+        if (input_dtype, output_dtype) != (tl.float32, tl.bfloat16):
+            return convert(value, input_dtype, output_dtype, mode)
+        wide = torch.from_numpy(np.ascontiguousarray(value).view(np.float32).copy())
+        return wide.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(np.shape(value))
+
+    interpreter._convert_float = rounded

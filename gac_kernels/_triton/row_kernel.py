@@ -56,7 +56,7 @@ def row_kernel(
     beta: tl.float64, smooth: tl.float64, p0: tl.float64, p1: tl.float64, p2: tl.float64, kl_coef: tl.float64,
     entropy_coef: tl.float64,
     TASK: tl.constexpr, POLICY: tl.constexpr, PHI: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr,
-    CAPPED: tl.constexpr, BONUS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, BASE_WIDTH: tl.constexpr,
+    CAPPED: tl.constexpr, BONUS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """See ``schemas.py``; ``rows``, ``tokens``, ``given`` and ``out`` as in ``rows.py``."""
     wide: tl.constexpr = rows.logits.dtype.element_ty == tl.float64
@@ -65,6 +65,7 @@ def row_kernel(
     beta, smooth = tl.full((), beta, tl.float64), tl.full((), smooth, tl.float64)
     p0, p1, p2 = tl.full((), p0, tl.float64), tl.full((), p1, tl.float64), tl.full((), p2, tl.float64)
     kl_coef, entropy_coef = tl.full((), kl_coef, tl.float64), tl.full((), entropy_coef, tl.float64)
+    V = V.to(tl.int32)
     for n in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
         kind = tl.load(rows.kind + n)
         target = tl.load(rows.targets + n).to(tl.int64)
@@ -88,7 +89,7 @@ def row_kernel(
             one_row(
                 rows, tokens, given, out, n, start, out_start, start_of(n, B, base_a, base_b), target,
                 kind == DEMONSTRATION, V, scale, softcap, heat, beta, smooth, p0, p1, p2, kl_coef, entropy_coef, dtype,
-                TASK, POLICY, PHI, KL, KL_RATIO, CAPPED, BONUS, LANES, WIDTH, BASE_WIDTH,
+                TASK, POLICY, PHI, KL, KL_RATIO, CAPPED, BONUS, LANES, WIDTH,
             )  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def one_row(
     rows, tokens, given, out, n, start, out_start, base_start, target, expert, V, scale, softcap, heat, beta, smooth,
     p0, p1, p2, kl_coef, entropy_coef, dtype: tl.constexpr, TASK: tl.constexpr, POLICY: tl.constexpr,
     PHI: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, CAPPED: tl.constexpr, BONUS: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, BASE_WIDTH: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A live row with a target inside it."""
     # 1. The transform: z = k x, x = raw or cap tanh(inner raw).
@@ -117,10 +118,8 @@ def one_row(
         log_sum = tl.load(given.normalizer + n * parts + 1).to(tl.float64)
         entropy = tl.load(given.entropy + n).to(tl.float64)
     else:
-        top, log_sum, entropy, sum_sq = moments(
-            rows.logits, start, V, inner, cap, k, dtype, CAPPED, LANES, WIDTH
-        )
-    target_x, target_t = capped(tl.load(rows.logits + start + target).to(dtype), inner, cap, CAPPED)
+        top, log_sum, entropy, sum_sq = moments(rows.logits, start, V, inner, cap, k, dtype, CAPPED, LANES, WIDTH)
+    target_x, _ = capped(tl.load(rows.logits + start + target).to(dtype), inner, cap, CAPPED)
     logp = ((target_x - top).to(tl.float64) * k - log_sum).to(dtype)
     p, expm1 = exp_expm1(logp, 0.0)
 
@@ -139,7 +138,7 @@ def one_row(
                 base_log_sum = tl.load(given.normalizer + n * 4 + 3).to(tl.float64)
             else:
                 base_top, base_log_sum, _, _ = moments(
-                    rows.base_logits, base_start, V, inner, cap, one, dtype, False, LANES, BASE_WIDTH
+                    rows.base_logits, base_start, V, inner, cap, one, dtype, False, LANES, WIDTH
                 )
             base_y = tl.load(rows.base_logits + base_start + target).to(dtype)
             share, q_y, p0_y = gift_target(base_top, base_log_sum, base_y, beta, smooth, V)
@@ -148,7 +147,7 @@ def one_row(
             if TASK != GRADIENT:
                 crossed = cross_entropy(
                     rows.logits, start, rows.base_logits, base_start, V, inner, cap, k, top, log_sum, base_top,
-                    base_log_sum, keep, uniform, dtype, CAPPED, LANES, WIDTH, BASE_WIDTH,
+                    base_log_sum, keep, uniform, dtype, CAPPED, LANES, WIDTH,
                 )  # fmt: skip
                 excess = q_y - p0_y
                 supervised = -(share * crossed + tl.where(excess == 0.0, 0.0, excess * logp))

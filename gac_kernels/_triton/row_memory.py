@@ -1,8 +1,9 @@
 """How a kernel reads and writes one row of logits.
 
-A tile is (LANES, WIDTH): a lane's WIDTH neighbouring columns come with one 16-byte access where the row begins on such a
-boundary, which is decided at run time, so that no length compiles anything anew. Which lane a column belongs to depends
-on the column alone. Nothing outside the row is touched.
+A tile is (LANES, WIDTH): a lane's WIDTH neighbouring columns come with one 16-byte access where the row begins on such
+a boundary, which is decided at run time, so that no length compiles anything anew. The lane of a column depends on the
+column alone. Nothing outside the row is touched. Rows begin anywhere in 64 bits; columns fit into 31, which halves the
+registers that addresses take.
 """
 
 import triton
@@ -26,9 +27,9 @@ def read_tile(pointer, start, i, V, other: tl.constexpr, LANES: tl.constexpr, WI
     """Columns ``i`` on of the row of ``V`` columns at ``start``; ``other`` beyond its end."""
     column = columns(i, LANES, WIDTH)
     whole = tl.where(start % WIDTH == 0, V // WIDTH * WIDTH, 0)
-    value = tl.load(pointer + (start // WIDTH * WIDTH + column), mask=column < whole, other=other)
+    value = tl.load((pointer + start // WIDTH * WIDTH) + column, mask=column < whole, other=other)
     if whole < tl.minimum(V, i + LANES * WIDTH):
-        rest = tl.load(pointer + (start + column), mask=(column >= whole) & (column < V), other=other)
+        rest = tl.load((pointer + start) + column, mask=(column >= whole) & (column < V), other=other)
         value = tl.where(column < whole, value, rest)
     return value
 
@@ -38,6 +39,6 @@ def write_tile(pointer, start, i, V, value, LANES: tl.constexpr, WIDTH: tl.const
     """The counterpart of :func:`read_tile`."""
     column = columns(i, LANES, WIDTH)
     whole = tl.where(start % WIDTH == 0, V // WIDTH * WIDTH, 0)
-    tl.store(pointer + (start // WIDTH * WIDTH + column), value, mask=column < whole)
+    tl.store((pointer + start // WIDTH * WIDTH) + column, value, mask=column < whole)
     if whole < tl.minimum(V, i + LANES * WIDTH):
-        tl.store(pointer + (start + column), value, mask=(column >= whole) & (column < V))
+        tl.store((pointer + start) + column, value, mask=(column >= whole) & (column < V))

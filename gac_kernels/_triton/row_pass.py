@@ -2,8 +2,8 @@
 
 With ``x`` the raw logit, or the capped one, ``z = k x``: exponentials are of ``k (x - top)``, so that large logits lose
 nothing. ``exp2`` is the hardware's (two units in the last place): an error of that size in single terms of a sum is
-below 3e-7 in its logarithm. Sums are float32 in a lane and float64 over lanes; a lane keeps a maximum of its own, so that
-no tile waits for all threads.
+below 3e-7 in its logarithm. Sums are float32 in a lane and float64 over lanes; a lane keeps a maximum of its own, so
+that no tile waits for all threads.
 """
 
 import triton
@@ -110,7 +110,7 @@ def gift_target(top, log_sum, base_y, beta, smooth, V):
 @triton.jit
 def cross_entropy(
     pointer, start, base, base_start, V, inner, cap, k, top, log_sum, base_top, base_log_sum, keep, uniform,
-    dtype: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, BASE_WIDTH: tl.constexpr,
+    dtype: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """``sum p0 log p`` over the row, float64."""
     total = tl.zeros([LANES], tl.float64)
@@ -135,7 +135,7 @@ def write_gradient(
     """
     tiles = (V + LANES * WIDTH - 1) // (LANES * WIDTH)
     kk, shift = k.to(dtype), log_sum.to(dtype)
-    for j in range(0, tiles):
+    for j in range(tiles):
         i = (tiles - 1 - j) * (LANES * WIDTH)
         raw = read_tile(pointer, start, i, V, float("-inf"), LANES, WIDTH).to(dtype)
         x, t = capped(raw, inner, cap, CAPPED)

@@ -1,7 +1,7 @@
 """The row primitives on Triton: one launch each, whatever the lengths.
 
-Nothing here reads the device. Compiled anew is only for another task, objective, dtype or choice of optional inputs, and
-once more for rows too short for sixteen warps.
+Nothing here reads the device. Compiled anew is only for another task, objective, dtype or choice of optional inputs,
+and once more for rows too short for sixteen warps.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +17,7 @@ from .token_loss import LAUNCH
 
 INTERPRETED = not isinstance(row_kernel, triton.JITFunction)
 SHORT = 2048  # columns that four warps hold
+MOST_COLUMNS = 2**31 - 2**16  # a tile beyond the last column still has a 32-bit number
 
 
 class Rows(NamedTuple):
@@ -137,15 +138,18 @@ def _launch(
     A, B, V = logits.shape
     if A * B == 0:
         return
+    if V > MOST_COLUMNS:
+        raise ValueError(f"logits must have at most {MOST_COLUMNS} columns, got {V}")
     policy, p0, p1, p2, phi, kl_coef, kl_estimator, kl_ratio_weighted, entropy_coef = term
     warps = 4 if V <= SHORT else 16
     width = 16 // logits.element_size()
+    lanes = (64 if rows.base_logits is None else 32) * warps  # GIFT holds two rows' tiles at once
     with on_device(logits):
         row_kernel[(min(A * B, programs(logits.device, 16 // warps)),)](
             rows, tokens, given, out, A * B, B, V, *_strides(logits), *_strides(rows.base_logits),
             *_strides(out.gradient), *static, p0, p1, p2, kl_coef, entropy_coef,
             TASK=task, POLICY=policy, PHI=phi, KL=kl_estimator, KL_RATIO=kl_ratio_weighted, CAPPED=static[1] != 0,
-            BONUS=bonus, LANES=64 * warps, WIDTH=width, BASE_WIDTH=width, **(LAUNCH | _limits(warps)),
+            BONUS=bonus, LANES=lanes, WIDTH=width, **(LAUNCH | _limits(warps)),
         )  # fmt: skip
 
 

@@ -20,9 +20,12 @@ def scale_kernel(
     dtype: tl.constexpr = tl.float64 if wide else tl.float32
     if by != 1.0:
         for work in range(tl.program_id(0).to(tl.int64), rows * pieces, tl.num_programs(0)):
-            start, i = start_of(work // pieces, B, a, b), work % pieces * (LANES * WIDTH)
-            value = read_tile(gradient, start, i, V, 0.0, LANES, WIDTH).to(dtype) * by.to(dtype)
-            write_tile(gradient, start, i, V, value.to(gradient.dtype.element_ty), LANES, WIDTH)
+            # A dense tensor is one row, which may be longer than 31 bits say: the tile is a row of its own.
+            first = work % pieces * (LANES * WIDTH)
+            start = start_of(work // pieces, B, a, b) + first
+            size = tl.minimum(V - first, LANES * WIDTH).to(tl.int32)
+            value = read_tile(gradient, start, 0, size, 0.0, LANES, WIDTH).to(dtype) * by.to(dtype)
+            write_tile(gradient, start, 0, size, value.to(gradient.dtype.element_ty), LANES, WIDTH)
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
