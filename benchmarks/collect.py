@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import re
 import subprocess
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 import triton
 
+BENCHES = ("bench", "logits-bf16", "logits-fp32")
+OBJECTS = ("doctor", *BENCHES, "overhead-tiny", "overhead-qwen2")  # steps that print JSON
+
 
 def last_object(path: Path) -> dict[str, Any] | None:
     """The object that ``--json`` left on the last line of a step's output; None for a step that did not get so far."""
@@ -22,30 +26,44 @@ def last_object(path: Path) -> dict[str, Any] | None:
     return json.loads(lines[-1])
 
 
+def sources() -> str:
+    """A digest of the code under test, which is also there where no git is."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for folder, pattern in (("gac_kernels", "*.py"), ("csrc", "*.*")):
+        for path in sorted((root / folder).rglob(pattern)):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def main(logs: Path, results: Path) -> int:
     steps = [line.split() for line in (logs / "steps").read_text().splitlines()]
-    failed = [name for name, status, _ in steps if status != "0"]
+    ran, failed = {name for name, *_ in steps}, [name for name, status, _ in steps if status != "0"]
     device = torch.cuda.get_device_name()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     found = {
         "device": device,
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "sources": sources(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "steps": {name: {"status": int(status), "seconds": int(seconds)} for name, status, seconds in steps},
-        **{name: last_object(logs / f"{name}.out") for name in ("doctor", "bench", "overhead-tiny", "overhead-qwen2")},
+        **{name: last_object(logs / f"{name}.out") for name in OBJECTS},
     }
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if earlier.get("sources") == found["sources"]:  # and this run may have left steps out
+        found["steps"] = earlier["steps"] | found["steps"]
+        found |= {name: earlier.get(name) for name in OBJECTS if found[name] is None and name not in ran}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     print(f"\n{device}, torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}\n")
-    for record in (found["bench"] or {}).get("records", []):
+    for record in (record for name in BENCHES for record in (found[name] or {}).get("records", [])):
         if record["metric"] == "speed":
             print(
-                f"{record['kernel']} {record['x']:>9} {record['mode']:<8} {record['provider']:<14} "
+                f"{record['kernel']:<11} {record['x']:>21} {record['mode']:<8} {record['provider']:<14} "
                 f"{record['p50']:9.4f} ms  {record['floor_ratio']:7.2f} x floor"
             )
     for name in ("overhead-tiny", "overhead-qwen2"):

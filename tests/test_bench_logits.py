@@ -99,7 +99,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(4, 2), (24, 130), (16, 5000)], ids=str)
 def test_everyone_computes_the_same(size, dtype, ragged):
-    names = ["eager", "eager-loss", "gac-reference", *COMPILED]
+    names = ["eager", "eager-plain", "eager-loss", "gac-reference", *COMPILED]
     found = run_case(RowCase(*size, dtype, ragged=ragged), names, modes=())
     assert not found.wrong and not found.absent
     assert list(found.errors) == names

@@ -49,7 +49,7 @@ class Case(ABC):
 
     Attributes:
         kernel: name in records. unit: what the two numbers of its size count. default_sizes, modes: timed unless told
-            otherwise. min_rounds, warmup_rounds: see ``measure``.
+            otherwise. warmup_rounds: see ``measure``.
         dtype: of the differentiable input. device. seed: of the inputs. ragged: some places are masked.
         batch, mu: the rest of the input.
     """
@@ -58,7 +58,6 @@ class Case(ABC):
     unit: ClassVar[str]
     default_sizes: ClassVar[tuple[tuple[int, int], ...]]
     modes: ClassVar[tuple[str, ...]] = MODES
-    min_rounds: ClassVar[int] = 11
     warmup_rounds: ClassVar[int] = WARMUP_ROUNDS
     objective: ClassVar[HybridObjective] = HybridObjective(SAPO(), NLL("phi"))
     dtype: torch.dtype
@@ -102,8 +101,13 @@ class Case(ABC):
         """The input to differentiate by, a new leaf over the same memory with the same values every time."""
 
     @property
-    @abstractmethod
-    def leaf_bytes(self) -> int: ...
+    def leaf_bytes(self) -> int:
+        return self.size[0] * self.size[1] * self.dtype.itemsize
+
+    def release(self) -> None:
+        """Give back the memory of inputs and answers, which are made anew when they are asked for."""
+        for name in ("_inputs", "_work", "_answers", "_expected", "mu", "policy_batch"):
+            vars(self).pop(name, None)
 
     @abstractmethod
     def bytes(self, mode: str) -> int:

@@ -65,10 +65,6 @@ class TokenCase(Case):
     def leaf(self) -> Tensor:
         return self._inputs[0].detach().requires_grad_()
 
-    @property
-    def leaf_bytes(self) -> int:
-        return self._inputs[0].nbytes
-
     def bytes(self, mode: str) -> int:
         """Inputs: log-probs and old log-probs of the live tokens, the mask. Outputs: the log-probs with 0 where masked
         (forward), the gradient (backward, which also has to read one slope a live token where it stands alone)."""
@@ -111,7 +107,7 @@ class RowCase(Case):
     unit = "rows x vocabulary"
     default_sizes = ((1024, 32000), (256, 151936))
     modes = ("full",)
-    min_rounds, warmup_rounds = 7, 1
+    warmup_rounds = 1
 
     def __post_init__(self) -> None:
         if self.num_rows < EXPERT_SHARE or self.num_rows % EXPERT_SHARE or self.vocabulary < 2:
@@ -152,10 +148,6 @@ class RowCase(Case):
 
     def leaf(self) -> Tensor:
         return self._work.copy_(self._inputs[0]).detach().requires_grad_()
-
-    @property
-    def leaf_bytes(self) -> int:
-        return self._work.nbytes
 
     def bytes(self, mode: str) -> int:
         """The live rows are read once, all rows of the gradient are written once. A forward pass that leaves the

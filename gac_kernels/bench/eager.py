@@ -38,6 +38,18 @@ def logits_loss(logits: Tensor, targets: Tensor, *rest: Any, everything: bool) -
     return *token_loss(logp, *rest, everything=True, sum_sq=sum_sq), entropy
 
 
+def plain_logits_loss(logits: Tensor, targets: Tensor, *rest: Any, everything: bool) -> tuple[Tensor, ...]:
+    """:func:`logits_loss` as it is mostly written: log-probs, entropy and sum of p squared each from the logits, by the
+    functions of the same name, under autograd. Computes everything, asked or not."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logp = torch.log_softmax(wide, -1).gather(-1, targets[..., None]).squeeze(-1)
+    p_V = torch.softmax(wide, -1)
+    entropy = -(p_V * torch.log_softmax(wide, -1)).sum(-1)
+    sum_sq = p_V.square().sum(-1).detach()
+    everything_else = token_loss(logp, *rest, everything=True, sum_sq=sum_sq)
+    return *everything_else, torch.where(rest[0], entropy.detach(), 0.0)
+
+
 def token_loss(
     logprobs: Tensor,
     mask: Tensor,

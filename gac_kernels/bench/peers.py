@@ -45,6 +45,10 @@ def _policy_mask(case: Case) -> Tensor:
     return case.policy_batch.mask & ~case.policy_batch.is_expert[:, None]
 
 
+def _on_gpu(case: Case) -> bool:
+    return torch.device(case.device).type == "cuda"
+
+
 def _sequence_share(mask: Tensor) -> float:
     """Liger's mean is over all sequences it is given; ours over those with a token of the branch."""
     return mask.shape[0] / int((mask.sum(-1) > 0).sum())
@@ -105,7 +109,7 @@ def _trl(case: TokenCase) -> Provider:
 def _liger_rows(case: RowCase) -> Provider:
     """Liger's Triton GRPO loss, in place as is its default. It takes ``(S, T + 1, V)`` and leaves the last row out."""
     module, version = _require("liger-kernel", "liger_kernel.transformers.grpo_loss")
-    if torch.device(case.device).type == "cpu":
+    if not _on_gpu(case):
         raise Unavailable(f"liger-kernel {version}: triton_grpo_loss is a Triton kernel and takes no CPU tensors")
     batch, mask = case.policy_batch, _policy_mask(case).int()
     scale = _sequence_share(mask)
@@ -140,7 +144,7 @@ def _verl_rows(case: RowCase) -> Provider:
     for it where the entropy needs no gradient."""
     module, version = _require("verl", "verl.utils.torch_functional")
     loss, _ = _verl_sapo(case)
-    kernel = module.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE and torch.device(case.device).type == "cuda"
+    kernel = module.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE and _on_gpu(case)
     mask, targets = case.batch.mask, case.batch.targets
 
     def forward(leaf: Tensor) -> Outputs:
@@ -160,7 +164,7 @@ def _trl_rows(case: RowCase) -> Provider:
     module, version = _require("trl", "trl.trainer.utils")
     if not hasattr(module, "selective_log_softmax_and_entropy"):
         raise Unavailable(f"trl {version} has no selective_log_softmax_and_entropy")
-    batch, kernel = case.batch, torch.device(case.device).type == "cuda"
+    batch, kernel = case.batch, _on_gpu(case)
     rest = (batch.mask, batch.is_expert, batch.advantages, batch.old_logprobs, case.mu)
 
     def forward(leaf: Tensor) -> Outputs:

@@ -51,9 +51,9 @@ def _ours(backend: str, inplace: bool | None, case: Case) -> Provider:
 _BY_HAND: dict[str, Callable[..., Any]] = {TokenCase.kernel: eager.token_loss, RowCase.kernel: eager.logits_loss}
 
 
-def _by_hand(everything: bool, compiled: bool, case: Case) -> Provider:
-    """The baseline of ``eager``, or torch.compile of it."""
-    batch, function = case.batch, _BY_HAND[case.kernel]
+def _by_hand(everything: bool, compiled: bool, case: Case, *, plain: bool = False) -> Provider:
+    """The baseline of ``eager``, or torch.compile of it; ``plain`` (of logits): as it is mostly written."""
+    batch, function = case.batch, eager.plain_logits_loss if plain else _BY_HAND[case.kernel]
     rest: tuple[Tensor | None, ...] = (batch.mask, batch.is_expert, batch.advantages, batch.old_logprobs, case.mu)
     if case.kernel == RowCase.kernel:
         rest = (batch.targets, *rest)
@@ -70,7 +70,7 @@ def _by_hand(everything: bool, compiled: bool, case: Case) -> Provider:
         entropy = metrics.pop() if len(metrics) > len(METRICS) else None
         return Outputs(loss, logprobs, rows, dict(zip(METRICS, metrics, strict=True)), entropy)
 
-    name = ("compile" if compiled else "eager") + ("" if everything else "-loss")
+    name = ("compile" if compiled else "eager") + ("-plain" if plain else "" if everything else "-loss")
     return Provider(name, torch.__version__, forward, ALL if everything else LOSS)
 
 
@@ -93,6 +93,7 @@ PROVIDERS: dict[str, dict[str, Callable[[Any], Provider]]] = {
             for backend in library.BACKENDS
             for suffix in (("", NEW) if backend != "reference" else ("",))
         },
+        "eager-plain": partial(_by_hand, True, False, plain=True),
         **_BASELINES,
         **peers.OF_LOGITS,
     },

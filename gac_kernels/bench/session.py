@@ -107,7 +107,6 @@ def run_case(
             session.wrong[name] = str(reason)
         except torch.OutOfMemoryError as reason:
             session.absent[name] = f"needs more memory than there is: {str(reason).partition('. ')[0]}"
-            torch.cuda.empty_cache()
         else:
             session.outputs[name] = provider.outputs
             providers.append(provider)
@@ -130,8 +129,9 @@ def _time_mode(
 ) -> None:
     contestants = [contestant(provider, case, mode) for provider in providers]
     copy = copy_contestant(*case.copy_buffers(case.bytes(mode) // 2), case.leaf)
-    options = {**options, "min_rounds": case.min_rounds, "warmup_rounds": case.warmup_rounds}
-    timings = measure([*contestants, copy], device=case.device, seed=case.seed, **options)
+    timings = measure(
+        [*contestants, copy], device=case.device, seed=case.seed, warmup_rounds=case.warmup_rounds, **options
+    )
     floor = timings[COPY].p50
     versions = {provider.name: provider.version for provider in providers} | {COPY: torch.__version__}
     for one in (*contestants, copy):

@@ -6,8 +6,9 @@ move at the least, at the speed of a plain copy of as many bytes that takes part
 
   kernel     token: the loss of ready log-probs, S sequences x T tokens; logits: of N rows x V logits
   provider   gac-BACKEND: this package (logits: in place; gac-BACKEND-new: the gradient a new tensor); eager: PyTorch by
-             hand, all outputs (loss, log-probs, entropy, signals, metrics); eager-loss: the loss alone; compile,
-             compile-loss: torch.compile of the two; liger, verl, trl: their own functions of the same input
+             hand, for speed, all outputs (loss, log-probs, entropy, signals, metrics); eager-plain: the same as it is
+             mostly written; eager-loss: the loss alone; compile, compile-loss: torch.compile of eager and eager-loss;
+             liger, verl, trl: their own functions of the same input
   mode       forward, backward, or full (both)
   metric     speed in milliseconds; memory: peak beyond what was held before the call, in MiB
 
@@ -38,9 +39,7 @@ CSV_COLUMNS = ("kernel", "provider", "mode", "metric", "x", "p20", "p50", "p80",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="what to compute (default: both)"
-    )
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: both")
     parser.add_argument(
         "--shape",
         nargs="+",
@@ -62,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("reference", "cpu", "triton", "cuda"), help="of ours; default: all there are"
     )
-    parser.add_argument("--providers", metavar="NAME,...", help="whom to measure; default: everyone")
+    parser.add_argument("--providers", metavar="NAME,...", help="default: everyone but gac-reference")
     parser.add_argument("--modes", metavar="MODE,...", help="default: forward,backward,full; of logits: full")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="to spend on each mode and size (default: %(default)s)"
@@ -102,7 +101,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ValueError("--clock cpu: is for --device cpu --threads 1, where one thread does all the work")
     if not 0.0 <= args.seconds < float("inf"):
         raise ValueError(f"--seconds must be finite and at least 0, got {args.seconds}")
-    cases, names, modes = _cases(args, device), _names(args), _modes(args)
+    cases, names, modes = _cases(args, device), _names(args, device), _modes(args)
     for path in (args.csv, args.plot):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no directory {str(path.parent)!r}")
@@ -120,6 +119,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
                 options = {"clock": args.clock, "budget_seconds": args.seconds}
                 sessions.append((case, run_case(case, names[case.kernel], modes, progress=show, **options)))
+                case.release()
     finally:
         torch.set_num_threads(threads)
     for case, session in sessions:
@@ -152,15 +152,19 @@ def _cases(args: argparse.Namespace, device: str) -> list[Case]:
     return cases
 
 
-def _names(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Per kernel, whom to measure."""
+def _names(args: argparse.Namespace, device: str) -> dict[str, list[str]]:
+    """Per kernel, whom to measure; our reference, written for clarity, only if named or if there is nothing else."""
+    import torch
+
     from ..bench.cases import CASES
     from ..bench.providers import OURS, PROVIDERS
-    from ..library import use_backend
+    from ..library import backends, use_backend
 
     there = {kernel: PROVIDERS[kernel] for kernel in (CASES[name].kernel for name in args.kernel)}
     everyone = list(dict.fromkeys(name for providers in there.values() for name in providers))
-    names = everyone if args.providers is None else args.providers.split(",")
+    served = backends().get(torch.device(device).type, "reference")
+    slow = [] if served.startswith("reference") else [f"{OURS}-reference"]
+    names = [n for n in everyone if n not in slow] if args.providers is None else args.providers.split(",")
     for name in names:
         if name not in everyone:
             raise ValueError(f"--providers: {name!r} is none of {', '.join(everyone)}")
