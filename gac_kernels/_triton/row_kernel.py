@@ -119,7 +119,7 @@ def one_row(
         entropy = tl.load(given.entropy + n).to(tl.float64)
     else:
         top, log_sum, entropy, sum_sq = moments(rows.logits, start, V, inner, cap, k, dtype, CAPPED, LANES, WIDTH)
-    target_x, _ = capped(tl.load(rows.logits + start + target).to(dtype), inner, cap, CAPPED)
+    target_x, _tanh = capped(tl.load(rows.logits + start + target).to(dtype), inner, cap, CAPPED)
     logp = ((target_x - top).to(tl.float64) * k - log_sum).to(dtype)
     p, expm1 = exp_expm1(logp, 0.0)
 
