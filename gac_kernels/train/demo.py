@@ -22,9 +22,6 @@ from typing import Any
 
 import torch
 
-from ..bench.cases import RowCase
-from ..bench.session import run_case
-from ..library import backends
 from ..objectives import NLL, HybridObjective
 from . import TrainConfig, TrainResult, train
 from ._extras import require
@@ -97,7 +94,6 @@ def run_demo(output: str | Path, seed: int = 0, *, smoke: bool = False, progress
         ``accuracy_before`` (both runs start there), ``accuracy_sft``, ``accuracy_gac``: shares of the held-out
         problems; ``standard_error`` of the difference of the latter two and ``clearly_better``: whether GAC is ahead by
         more than two of them; ``mu``: its path, one value a step; ``controller_share`` of the GAC run's step time;
-        ``loss_milliseconds``: the fused loss from logits and ``"eager"``'s, with their gradients, see :func:`race`;
         ``seconds`` in all; ``report``: its path.
 
     Raises:
@@ -110,7 +106,6 @@ def run_demo(output: str | Path, seed: int = 0, *, smoke: bool = False, progress
         arms = arm_configs(warm, smoke=smoke)
         sft, gac = (_announced(name, config, progress).accuracy_after for name, config in arms.items())
     outcome = _outcome(before, sft, gac, warm.eval_size, read_metrics(arms["gac"].output / METRICS_FILE))
-    outcome["loss_milliseconds"] = race(seed, smoke=smoke)
     extra = {
         "Held-out accuracy of the shared warm start": f"{outcome['accuracy_before']:.1%}",
         "after SFT alone": f"{outcome['accuracy_sft']:.1%}",
@@ -124,27 +119,6 @@ def run_demo(output: str | Path, seed: int = 0, *, smoke: bool = False, progress
     if smoke:
         print("This was the smoke run: too short to learn anything.")
     return outcome
-
-
-def race(seed: int = 0, *, smoke: bool = False) -> dict[str, float]:
-    """The fused loss of 256 x 32000 float32 logits against eager PyTorch with the same results, each with its gradient.
-
-    One thread, taking turns, both held against float64 first.
-
-    Returns:
-        Median milliseconds of ``"fused"`` and ``"eager"``.
-
-    Raises:
-        RuntimeError: one of them computed something wrong.
-    """
-    case = RowCase(*((8, 500) if smoke else (256, 32000)), seed=seed)
-    names = {"fused": f"gac-{backends()['cpu'].partition(':')[0]}", "eager": "eager"}
-    with _threads(1):
-        session = run_case(case, list(names.values()), budget_seconds=0.1 if smoke else 3.0)
-    if session.wrong:
-        raise RuntimeError(f"a loss is wrong and was not timed: {session.wrong}")
-    found = {key: session.find(name, "full") for key, name in names.items()}
-    return {key: record.p50 for key, record in found.items() if record is not None}
 
 
 def _announced(name: str, config: TrainConfig, progress: bool) -> TrainResult:
@@ -194,11 +168,6 @@ def _print(outcome: dict[str, Any], problems: int) -> None:
     values = ", ".join(f"{mu[place]:.2f} (step {place + 1})" for place in dict.fromkeys(places))
     console.print(f"mu, weight of the demonstrations, 0 to 1: {sparkline(mu)}\n  {values}", soft_wrap=True)
     console.print(f"The controller took {outcome['controller_share']:.2%} of the step time.")
-    fused, eager = (outcome["loss_milliseconds"][name] for name in ("fused", "eager"))
-    console.print(
-        f"The fused loss from logits, gradient included, takes {fused:.3g} ms where eager PyTorch takes {eager:.3g}: "
-        f"{eager / fused:.1f} times as fast (one thread)."
-    )
     console.print(f"{outcome['seconds']:.0f} s in all. Report: {outcome['report']}", soft_wrap=True)
 
 

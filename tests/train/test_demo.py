@@ -25,9 +25,7 @@ def test_the_demo_runs_and_prints_what_it_returns(tmp_path, capsys):
     assert torch.get_num_threads() == threads
     assert len(outcome["mu"]) == 6 and all(0.05 <= mu <= 0.9 for mu in outcome["mu"])
     assert 0 < outcome["controller_share"] < 1 and outcome["clearly_better"] is False
-    assert set(outcome["loss_milliseconds"]) == {"fused", "eager"} and min(outcome["loss_milliseconds"].values()) > 0
     printed = capsys.readouterr().out
-    assert "times as fast (one thread)" in printed
     assert f"{outcome['accuracy_sft']:.1%}" in printed and "GAC is not clearly ahead of SFT alone" in printed
     assert "too short to learn anything" in printed
     page = (tmp_path / "report.html").read_text()
