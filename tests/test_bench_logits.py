@@ -313,6 +313,18 @@ def test_a_provider_with_a_longer_leaf():
     assert one.run(one.prepare())[1][0].shape == longer.shape
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(4, 2), (64, 32000), (256, 151936)], ids=str)
+def test_on_a_gpu(size, dtype):
+    names = ["gac-triton", "gac-triton-new", "eager"] + ["liger"] * (dtype != torch.float64)
+    found = run_case(RowCase(*size, dtype, "cuda", ragged=True), names, budget_seconds=0)
+    assert not found.wrong
+    assert {"gac-triton", "gac-triton-new", "eager"} <= set(found.errors)
+    assert found.find("gac-triton", "full", "memory").p50 < found.find("eager", "full", "memory").p50
+
+
 # the command ------------------------------------------------------------------------------------------------------
 def test_command(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(measure, "keep_heap_warm", lambda: "heap untouched")

@@ -176,7 +176,7 @@ def _names(args: argparse.Namespace, device: str) -> dict[str, list[str]]:
             raise ValueError(f"--backend {args.backend}: {error}") from error
         own = [name for name in everyone if name.startswith(f"{OURS}-{args.backend}")]
         names = own + [name for name in names if not name.startswith(f"{OURS}-")]
-    return {kernel: [name for name in names if name in providers] for kernel, providers in there.items()}
+    return {kernel: [name for name in providers if name in names] for kernel, providers in there.items()}
 
 
 def _modes(args: argparse.Namespace) -> list[str] | None:
