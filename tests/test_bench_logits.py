@@ -318,11 +318,12 @@ def test_a_provider_with_a_longer_leaf():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(4, 2), (64, 32000), (256, 151936)], ids=str)
 def test_on_a_gpu(size, dtype):
-    names = ["gac-triton", "gac-triton-new", "eager"] + ["liger"] * (dtype != torch.float64)
-    found = run_case(RowCase(*size, dtype, "cuda", ragged=True), names, budget_seconds=0)
-    assert not found.wrong
-    assert {"gac-triton", "gac-triton-new", "eager"} <= set(found.errors)
-    assert found.find("gac-triton", "full", "memory").p50 < found.find("eager", "full", "memory").p50
+    names = ["gac-triton", "gac-triton-new", "eager"]
+    case = RowCase(*size, dtype, "cuda", ragged=True)
+    found = run_case(case, names, budget_seconds=0)
+    assert not found.wrong and set(found.errors) == set(names)
+    if size[1] > 2:  # else per-row results weigh as much as the logits
+        assert found.find("gac-triton", "full", "memory").p50 * 2**20 < 0.1 * case.leaf_bytes
 
 
 # the command ------------------------------------------------------------------------------------------------------
