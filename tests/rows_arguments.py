@@ -131,9 +131,29 @@ def bits(value: Tensor | tuple[Tensor, ...]):
     return [bits(each) for each in value]
 
 
+def check_conversions(dtype: torch.dtype) -> None:
+    """All finite 16-bit numbers come in as they are (the maximum of a row of one column is its logit), and float32
+    slopes go out rounded to the nearest (the gradient of a target of probability 0 is the slope)."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    every = every[every.isfinite()].view(1, -1, 1)
+    N = every.numel()
+    ones, zeros = torch.ones(N, dtype=torch.uint8), torch.zeros(N, dtype=torch.long)
+    top = op("row_statistics", every, zeros, ones, None, None, *PLAIN)[3][:, 0]
+    torch.testing.assert_close(top, every.flatten().float(), rtol=0, atol=1e-37)  # denormal float32 is 0
+    slope = torch.randn(N) * torch.linspace(-20, 11, N).exp()
+    slope[(slope.view(torch.int32) & 0xFFFF) == 0x8000] = 0.0  # bfloat16's ties go away from zero, and torch's to even
+    logits = torch.tensor([-float("inf"), 0.0], dtype=dtype).expand(1, N, 2)
+    statistics = op("row_statistics", logits, zeros, ones, None, None, *PLAIN)
+    given = statistics[3], statistics[1], slope, None
+    gradient = op("row_gradient", logits, zeros, ones, None, None, *given, *PLAIN)
+    assert torch.equal(gradient[0, :, 0], slope.to(dtype))
+
+
 def check_everything() -> None:
     """Every element type, transform and path, over widths around the vectors' and the blocks'."""
     for dtype in DTYPES:
+        if dtype.itemsize == 2:
+            check_conversions(dtype)
         for V in (1, 7, 33, 1024, 4101):
             RowCase(V=V, dtype=dtype).check()
         for transform in TRANSFORMS.values():

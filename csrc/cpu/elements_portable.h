@@ -29,69 +29,59 @@ struct DoubleElements {
     static GAC_INLINE double widen(Stored x) { return x; }
 };
 
-// 16-bit elements one lane after the other; Convert has widen and narrow (to nearest, ties to even).
+typedef uint32_t Words __attribute__((vector_size(16)));
+GAC_INLINE Words words_of(Floats x) { return reinterpret_cast<Words>(x); }
+GAC_INLINE Floats floats_of(Words x) { return reinterpret_cast<Floats>(x); }
+GAC_INLINE Words where(Ints mask, Words a, Words b) {
+    const Words m = reinterpret_cast<Words>(mask);
+    return (m & a) | (~m & b);
+}
+
+// 16-bit elements; Convert has widen and narrow (to nearest), of words that hold an element each.
 template <class Convert>
 struct SmallElements : Convert {
     using Stored = uint16_t;
     static constexpr int Vectors = 1, Group = 4;
     static constexpr bool Interleaved = false;
+    typedef uint16_t Packed __attribute__((vector_size(8)));
 
     static GAC_INLINE void load(const Stored* x, Vec (&v)[1]) {
-        v[0] = Floats{Convert::widen(x[0]), Convert::widen(x[1]), Convert::widen(x[2]), Convert::widen(x[3])};
+        Packed packed;
+        memcpy(&packed, x, sizeof packed);
+        v[0] = Convert::wider(__builtin_convertvector(packed, Words));
     }
     static GAC_INLINE void store(Stored* x, const Vec (&v)[1]) {
-        for (int lane = 0; lane < Group; ++lane) x[lane] = Convert::narrow(v[0].v[lane]);
+        const Packed packed = __builtin_convertvector(Convert::narrower(v[0].v), Packed);
+        memcpy(x, &packed, sizeof packed);
     }
+    static GAC_INLINE float widen(Stored x) { return Convert::wider(Words{x, x, x, x})[0]; }
 };
 
 struct Bfloat16Convert {
     static constexpr uint16_t kLowest = 0xff80, kNan = 0x7fc0;
-    static GAC_INLINE float widen(uint16_t x) {
-        const uint32_t bits = static_cast<uint32_t>(x) << 16;
-        float out;
-        memcpy(&out, &bits, sizeof out);
-        return out;
-    }
-    static GAC_INLINE uint16_t narrow(float x) {
-        uint32_t bits;
-        memcpy(&bits, &x, sizeof bits);
-        return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    }
+
+    static GAC_INLINE Floats wider(Words x) { return floats_of(x << 16); }
+    // Ties go away from zero. Not for nan: see row_kernels.h.
+    static GAC_INLINE Words narrower(Floats x) { return (words_of(x) + 0x8000u) >> 16; }
 };
 
 struct HalfConvert {
     static constexpr uint16_t kLowest = 0xfc00, kNan = 0x7e00;
-    static GAC_INLINE float widen(uint16_t x) {
-        const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, body = x & 0x7fff;
-        uint32_t bits = body << 13;
-        if (body >= 0x7c00) {
-            bits += (255u - 31u) << 23;  // infinity and nan
-        } else if (body >= 0x0400) {
-            bits += (127u - 15u) << 23;
-        } else {  // below the smallest normal number: a multiple of 2^-24
-            const float small = static_cast<float>(body) * 0x1p-24f;
-            memcpy(&bits, &small, sizeof bits);
-        }
-        bits |= sign;
-        float out;
-        memcpy(&out, &bits, sizeof out);
-        return out;
+
+    static GAC_INLINE Floats wider(Words x) {
+        const Words sign = (x & 0x8000u) << 16, body = (x & 0x7fffu) << 13, moved = body + (112u << 23);
+        // Below the smallest normal number the leading one that `moved` now implies has to go.
+        const Words small = words_of(floats_of(moved + (1u << 23)) - 0x1p-14f);
+        const Words finite = where(body < 0x00800000u, small, moved);
+        return floats_of(sign | where(body >= 0x0f800000u, moved + (112u << 23), finite));
     }
-    static GAC_INLINE uint16_t narrow(float x) {
-        uint32_t bits;
-        memcpy(&bits, &x, sizeof bits);
-        const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-        if (size > 0x7f800000) return kNan;
-        if (size >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);  // 2^16 and above
-        if (size < 0x38800000) {  // below 2^-14: adding 2^-1 aligns the last place with float16's and rounds
-            float aligned;
-            memcpy(&aligned, &size, sizeof aligned);
-            aligned += 0.5f;
-            memcpy(&bits, &aligned, sizeof bits);
-            return static_cast<uint16_t>(sign | (bits - 0x3f000000));
-        }
-        const uint32_t moved = size - ((127u - 15u) << 23);
-        return static_cast<uint16_t>(sign | ((moved + 0xfff + ((moved >> 13) & 1)) >> 13));
+    static GAC_INLINE Words narrower(Floats x) {
+        const Words sign = words_of(x) >> 16 & 0x8000u, size = words_of(x) & 0x7fffffffu, moved = size - (112u << 23);
+        const Words normal = (moved + 0xfffu + (moved >> 13 & 1u)) >> 13;
+        // Below 2^-14, adding 2^-1 aligns the last place with float16's and rounds.
+        const Words small = words_of(floats_of(size) + 0.5f) - 0x3f000000u;
+        const Words large = where(size > 0x7f800000u, Words{} + kNan, Words{} + 0x7c00u);  // from 2^16 on
+        return sign | where(size >= 0x47800000u, large, where(size < 0x38800000u, small, normal));
     }
 };
 

@@ -210,37 +210,38 @@ private:
                 written = true;
             }
         }
-        if (!written) general<Capped>(c, row, slopes, gift);
+        if (!written) gift ? general<Capped, true>(c, row, slopes) : general<Capped, false>(c, row, slopes);
         // The target's own column, which has the other part of t - p.
         const double p = __builtin_exp(row.target_logp), away = -__builtin_expm1(row.target_logp);
         const double own = gift ? row.gift.target - p : away;
         const double log_p = row.target_logp > -1e30 ? row.target_logp : 0;
         const double value = slopes.logp * own - slopes.entropy * (p * (log_p + row.m.entropy));
-        put(row.out, row.target, value * first_lane(row.transform.derivative(V(row.target_raw))));
+        put(row.out, row.target, value * first_lane(row.transform.at(V(row.target_raw), V(0)).derivative));
     }
 
     // Any gradient: soft cap, entropy bonus, GIFT.
-    template <bool Capped>
-    static __attribute__((noinline)) void general(const Call& c, const Row<Capped>& row, Slopes slopes, bool gift) {
+    template <bool Capped, bool WithGift>
+    static __attribute__((noinline)) void general(const Call& c, const Row<Capped>& row, Slopes slopes) {
         constexpr int K = E::Vectors;
         const Transform<V, Capped> f = row.transform;
         const V origin(row.m.top), log_sum(row.m.log_sum), entropy(row.m.entropy), slope(slopes.logp),
-            bonus(slopes.entropy), inverse(row.gift.inverse);
+            bonus(slopes.entropy), factor(slopes.logp * row.gift.inverse);
         for (int64_t block = (row.columns - 1) / kBlock<E>; block >= 0; --block) {
             const int64_t begin = block * kBlock<E>;
             const int64_t end = begin + kBlock<E> < row.columns ? begin + kBlock<E> : row.columns;
-            if (gift) base_probabilities(c, row, begin, end);
+            if constexpr (WithGift) base_probabilities(c, row, begin, end);
             for_each_group<E>(
                 row.x, row.out, begin, end, [&](auto* from, auto* to, int64_t i, int) __attribute__((always_inline)) {
-                    V v[K], q[K];
+                    V v[K], q[WithGift ? K : 1];
                     E::load(from, v);
-                    if (gift) place<E>(row.base_block + (i - begin), q);
+                    if constexpr (WithGift) place<E>(row.base_block + (i - begin), q);
                     for (int k = 0; k < K; ++k) {
-                        const V log_p = Exponential<V>::floor(f.above(v[k], origin)) - log_sum;
+                        const auto z = f.at(v[k], origin);
+                        const V log_p = Exponential<V>::floor(z.above) - log_sum;
                         const V p = Exponential<V>::at(Exponential<V>::floor(log_p));
                         V g = -p * (slope + bonus * (log_p + entropy));
-                        if (gift) g = fma(slope * inverse, q[k], g);
-                        v[k] = g * f.derivative(v[k]);
+                        if constexpr (WithGift) g = fma(factor, q[k], g);
+                        v[k] = g * z.derivative;
                     }
                     E::store(to, v);
                 });

@@ -24,7 +24,7 @@
 //                        (both give b where a or b is nan: pass the datum last and nan survives)
 //   fma(a, b, c)         a b + c                       abs, sqrt
 //   exp(x)               e^x for any x                 exp_moderate(x)      e^x for -87 <= x <= 87
-//   exp_parts(x)         e^x, e^x - 1, e^x - 1 - x for |x| <= 20
+//   exp_parts(x)         e^x, e^x - 1, e^x - 1 - x for |x| <= 87
 //   erf(x, gauss)        with gauss = e^(-x^2)         atan(x)
 //   reciprocal(x)        1 / x for 1 <= x <= 1e37      times_one_less(x)    x (x - 1), precise at x -> 1
 namespace GAC_NAMESPACE {
