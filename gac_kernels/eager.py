@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import reference
@@ -40,12 +39,9 @@ def token_loss_of_batch(
         logprobs, batch, objective, mu, entropy=entropy, sum_sq=sum_sq, denominators=denominators,
         supervised_loss_N=None if supervised is None else supervised.reshape(-1),
     )  # fmt: skip
-    parts = (out.policy_loss, out.supervised_loss, out.kl, out.entropy)
-    absent = out.loss.new_zeros(())
-    scalars = torch.stack([*parts, *(out.metrics.get(name, absent) for name in reference.METRICS)])
     shape = logprobs.shape
     entropy_slope = slope.new_empty(0) if entropy is None else entropy_slope.view(shape)
-    return out.loss, scalars, out.signals.rows, out.logprobs.view(shape).clone(), slope.view(shape), entropy_slope
+    return out.loss, out.scalars, out.signals.rows, out.logprobs.view(shape).clone(), slope.view(shape), entropy_slope
 
 
 def token_weights(

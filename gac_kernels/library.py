@@ -97,6 +97,11 @@ has_triton = importlib.util.find_spec("triton") is not None
 _compiled, _compiled_why = _load_compiled()
 for _name in SCHEMAS:
     _define(_name)
+_overloads = {
+    form: getattr(torch.ops.gac_kernels, form).default
+    for name in SCHEMAS
+    for form in (name, f"{name}_reference", f"{name}_triton")
+}
 
 
 def call(name: str, *args: Any) -> Any:
@@ -104,7 +109,7 @@ def call(name: str, *args: Any) -> Any:
     form = name if _forced in (None, "cpu", "cuda") else f"{name}_{_forced}"
     if _forced in ("cpu", "cuda") and args[0].device.type != _forced:
         raise ValueError(f"backend {_forced!r} was forced, but {name}'s tensors are on {args[0].device}")
-    return getattr(torch.ops.gac_kernels, form).default(*args)
+    return _overloads[form](*args)
 
 
 def forced_backend() -> str | None:

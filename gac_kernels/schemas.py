@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
 from .objectives import (
     AGGREGATIONS,
     CISPO,
@@ -30,9 +29,7 @@ from .objectives import (
     LogitTransform,
 )
 from .signals import SIGNAL_COLUMNS
-
-# Scalar outputs of ``token_loss``, in this order.
-SCALARS = ("policy_loss", "supervised_loss", "kl", "entropy", *reference.METRICS)
+from .types import SCALARS
 
 # Codes of the policy term, shared with csrc/math/codes.h and _triton/codes.py.
 POLICY_CODES = {**{gate: i for i, gate in enumerate(GATES)}, "grpo": 4, "cispo": 5, "gspo": 6, "dfpo": 7}
@@ -117,7 +114,7 @@ def encode_rows(transform: LogitTransform, gift: GIFT | None) -> tuple[float, fl
 # (float32 or float64); the results that are one a token are shaped as logprobs.
 # Sequence s owns [cu_seqlens[s], cu_seqlens[s + 1]), or [s seq_len, (s + 1) seq_len) where cu_seqlens is None.
 # supervised holds the values of the supervised term of demonstrations (GIFT) in place of c_s logp; phi is then False.
-# Returns loss (), scalars (10,) as in SCALARS, rows (S, 12) as signals.SIGNAL_COLUMNS, logprobs with 0 where masked,
+# Returns loss (), scalars (10,) as types.SCALARS, rows (S, 12) as signals.SIGNAL_COLUMNS, logprobs with 0 where masked,
 # slope = d loss / d logprobs, entropy_slope = d loss / d entropy, or (0,) where no entropy is given.
 _TERM = """int policy, float p0, float p1, float p2, bool phi, float kl_coef, int kl_estimator,
     bool kl_ratio_weighted, float entropy_coef"""

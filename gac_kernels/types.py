@@ -6,7 +6,7 @@ sequence (padded length), ``V`` vocabulary, ``H`` hidden width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .signals import Signals
 
 IGNORE_INDEX = -100
+METRICS = ("ratio_mean", "ratio_max", "approx_kl", "effective_update_ratio", "clip_fraction", "cancellation_residual")
+SCALARS = ("policy_loss", "supervised_loss", "kl", "entropy", *METRICS)  # of HybridLoss.scalars
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTS = (torch.int32, torch.int64)
 
@@ -248,25 +250,47 @@ class HybridLoss:
     With the branch means aggregated as the objective says,
     ``loss = (1 - mu) * (policy_loss + kl_coef * kl - entropy_coef * entropy) + mu * supervised_loss``.
 
+    The numbers for a log are 0-d tensors, taken out of one when they are asked for.
+
     Attributes:
         loss: 0-d, differentiable; float32 (float64 for float64 input).
-        policy_loss, supervised_loss: 0-d, detached; 0 for a branch without tokens.
-        kl: 0-d, detached, the chosen estimator's mean over rollout tokens in nats; 0 without reference log-probs.
-        entropy: 0-d, detached, mean over rollout tokens in nats; 0 where no entropy was given.
         logprobs: shaped as the targets, detached; 0 at masked places.
         token_entropy: shaped as the targets, detached, or None where no entropy was given.
         signals: what the controller observes.
-        metrics: 0-d tensors over the live rollout tokens: ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 of the
-            importance ratio, nats) and, where they apply, ``effective_update_ratio``, ``clip_fraction``,
-            ``cancellation_residual``. 0 without a rollout token.
+        scalars: ``(10,)`` detached, as in ``SCALARS``; 0 for what does not apply.
+        applicable: names of the metrics that apply to the objective.
     """
 
     loss: Tensor
-    policy_loss: Tensor
-    supervised_loss: Tensor
-    kl: Tensor
-    entropy: Tensor
     logprobs: Tensor
     token_entropy: Tensor | None
     signals: Signals
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    scalars: Tensor
+    applicable: tuple[str, ...]
+
+    @property
+    def policy_loss(self) -> Tensor:
+        """0-d, detached; 0 without a rollout token."""
+        return self.scalars[0]
+
+    @property
+    def supervised_loss(self) -> Tensor:
+        """0-d, detached; 0 without a demonstration's token."""
+        return self.scalars[1]
+
+    @property
+    def kl(self) -> Tensor:
+        """0-d, detached, the chosen estimator's mean over rollout tokens in nats; 0 without reference log-probs."""
+        return self.scalars[2]
+
+    @property
+    def entropy(self) -> Tensor:
+        """0-d, detached, mean over rollout tokens in nats; 0 where no entropy was given."""
+        return self.scalars[3]
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """0-d tensors over the live rollout tokens: ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 of the importance
+        ratio, nats) and, where they apply, ``effective_update_ratio``, ``clip_fraction``, ``cancellation_residual``.
+        0 without a rollout token."""
+        return {name: self.scalars[SCALARS.index(name)] for name in self.applicable}

@@ -17,7 +17,7 @@ from triton_support import DEVICE, check, interpreted_only, operator
 from triton_watch import bounds_checked, launches, program_order
 
 import gac_kernels as gk
-from gac_kernels import schemas
+from gac_kernels import schemas, types
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 # An empty sequence, one token, lengths on and off a group of four.
@@ -311,7 +311,7 @@ def test_codes_are_those_of_the_schema():
     for names in (schemas.DFPO_TRANSFORMS, schemas.DFPO_RATIOS):
         assert [getattr(codes, name.upper()).value for name in names] == [0, 1]
     assert terms.BOUND.value == LOG_RATIO_BOUND
-    assert schemas.SCALARS == (
+    assert types.SCALARS == (
         "policy_loss", "supervised_loss", "kl", "entropy", "ratio_mean", "ratio_max", "approx_kl",
         "effective_update_ratio", "clip_fraction", "cancellation_residual",
     )  # fmt: skip

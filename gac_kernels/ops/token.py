@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import eager, library
 from ..objectives import CISPO, DFPO, GIFT, SAPO, HybridObjective
-from ..schemas import SCALARS, encode
+from ..schemas import encode
 from ..signals import Signals
 from ..types import Denominators, HybridLoss, TokenBatch
 from . import inputs
@@ -105,13 +105,8 @@ def assemble(
     objective: HybridObjective, has_sum_sq: bool, norm_length: float | None,
 ) -> HybridLoss:  # fmt: skip
     """The public result from the operator's."""
-    values = dict(zip(SCALARS, scalars.unbind(), strict=True))
     return HybridLoss(
         loss=loss,
-        policy_loss=values["policy_loss"],
-        supervised_loss=values["supervised_loss"],
-        kl=values["kl"],
-        entropy=values["entropy"],
         logprobs=logprobs,
         token_entropy=token_entropy,
         signals=Signals(
@@ -121,7 +116,8 @@ def assemble(
             supervised_aggregation=objective.supervised_aggregation,
             norm_length=norm_length,
         ),
-        metrics={name: values[name] for name in _metric_names(objective)},
+        scalars=scalars,
+        applicable=_metric_names(objective),
     )
 
 

@@ -6,12 +6,11 @@ and stands alone: no kernel, no dispatch.
 """
 
 from .logits import gift_loss, hybrid_loss_from_logits, token_logprobs
-from .loss import METRICS, hybrid_loss, token_loss, token_weights
+from .loss import hybrid_loss, token_loss, token_weights
 from .rows import Rows, row_gradient, row_statistics, token_slopes
 from .terms import gate
 
 __all__ = [
-    "METRICS",
     "Rows",
     "gate",
     "gift_loss",

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ..objectives import HybridObjective
 from ..signals import Signals
-from ..types import Denominators, HybridLoss, TokenBatch
+from ..types import METRICS, Denominators, HybridLoss, TokenBatch
 from .terms import Segments, Tokens, kl_terms, policy_terms, sequence_weights, supervised_slope
-
-METRICS = ("ratio_mean", "ratio_max", "approx_kl", "effective_update_ratio", "clip_fraction", "cancellation_residual")
 
 
 @dataclass(frozen=True)
@@ -110,18 +108,18 @@ def _summed(
 
     policy, kl, ent = (total(value_N, t.policy_weight_S, policy_N) for value_N in (t.policy_N, t.kl_N, t.entropy_N))
     supervised = total(t.supervised_N, t.expert_weight_S, t.expert_N)
+    metrics = _metrics(t)
+    absent = torch.zeros_like(policy)
+    scalars = (policy, supervised, kl, ent, *(metrics.get(name, absent) for name in METRICS))
     return HybridLoss(
         loss=(1.0 - mu) * (policy + objective.kl_coef * kl - objective.entropy_coef * ent) + mu * supervised,
-        policy_loss=policy.detach(),
-        supervised_loss=supervised.detach(),
-        kl=kl.detach(),
-        entropy=ent.detach(),
         logprobs=logp_N.detach().view(batch.targets.shape),
         token_entropy=None
         if entropy is None
         else torch.where(batch.mask, entropy.detach().reshape(batch.mask.shape), 0.0),
         signals=_signals(t, objective, sum_sq),
-        metrics=_metrics(t),
+        scalars=torch.stack(scalars).detach(),
+        applicable=tuple(name for name in METRICS if name in metrics),
     )
 
 
