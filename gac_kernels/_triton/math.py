@@ -64,6 +64,29 @@ def exp_expm1(x, low):
 
 
 @triton.jit
+def log(x):
+    """``log(x)`` of a positive normal number or nan.
+
+    x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and log(1 + f) = f - f^2 / 2 + s (f^2 / 2 + s^2 P(s^2)) with
+    s = f / (2 + f): P as in FreeBSD's e_logf.c.
+    """
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    else:
+        bits = x.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
+        n = ((bits >> 23) - 127).to(tl.float32)
+        f = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+        s = divide(f, 2.0 + f)
+        z = s * s
+        p = 0.24279078841 * z + 0.28498786688
+        p = p * z + 0.40000972152
+        p = p * z + 0.66666662693
+        half = 0.5 * f * f
+        value = n * LN2_HIGH - ((half - (s * (half + z * p) + n * LN2_LOW)) - f)
+        return tl.where(x == x, value, x)
+
+
+@triton.jit
 def arctan(x):
     """Reduced to |t| <= tan(pi / 8), then t + t^3 Q(t^2), Q minimax: error 3e-9 in float32, 2e-19 in float64."""
     size = tl.abs(x)

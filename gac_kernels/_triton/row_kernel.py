@@ -61,7 +61,11 @@ def row_kernel(
     """See ``schemas.py``; ``rows``, ``tokens``, ``given`` and ``out`` as in ``rows.py``."""
     wide: tl.constexpr = rows.logits.dtype.element_ty == tl.float64
     dtype: tl.constexpr = tl.float64 if wide else tl.float32
-    scale, softcap = tl.full((), scale, tl.float64), tl.full((), softcap, tl.float64)
+    scale, cool = tl.full((), scale, tl.float64), 1.0 / tl.full((), heat, tl.float64)
+    if CAPPED:
+        inner, cap = (scale / softcap).to(dtype), tl.full((), softcap, dtype)
+    else:
+        inner, cap = tl.full((), 1.0, dtype), tl.full((), 1.0, dtype)
     beta, smooth = tl.full((), beta, tl.float64), tl.full((), smooth, tl.float64)
     p0, p1, p2 = tl.full((), p0, tl.float64), tl.full((), p1, tl.float64), tl.full((), p2, tl.float64)
     kl_coef, entropy_coef = tl.full((), kl_coef, tl.float64), tl.full((), entropy_coef, tl.float64)
@@ -88,28 +92,25 @@ def row_kernel(
         else:
             one_row(
                 rows, tokens, given, out, n, start, out_start, start_of(n, B, base_a, base_b), target,
-                kind == DEMONSTRATION, V, scale, softcap, heat, beta, smooth, p0, p1, p2, kl_coef, entropy_coef, dtype,
-                TASK, POLICY, PHI, KL, KL_RATIO, CAPPED, BONUS, LANES, WIDTH,
+                kind == DEMONSTRATION, V, scale, inner, cap, cool, beta, smooth, p0, p1, p2, kl_coef, entropy_coef,
+                dtype, TASK, POLICY, PHI, KL, KL_RATIO, CAPPED, BONUS, LANES, WIDTH,
             )  # fmt: skip
 
 
 @triton.jit
 def one_row(
-    rows, tokens, given, out, n, start, out_start, base_start, target, expert, V, scale, softcap, heat, beta, smooth,
+    rows, tokens, given, out, n, start, out_start, base_start, target, expert, V, scale, inner, cap, cool, beta, smooth,
     p0, p1, p2, kl_coef, entropy_coef, dtype: tl.constexpr, TASK: tl.constexpr, POLICY: tl.constexpr,
     PHI: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, CAPPED: tl.constexpr, BONUS: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A live row with a target inside it."""
     # 1. The transform: z = k x, x = raw or cap tanh(inner raw).
-    temperature = tl.full((), heat, tl.float64)
     if rows.temperature is not None:
-        temperature = tl.load(rows.temperature + n).to(tl.float64)
-    if CAPPED:
-        k, inner, cap = 1.0 / temperature, (scale / softcap).to(dtype), softcap.to(dtype)
-    else:
-        k, inner, cap = scale / temperature, tl.full((), 1.0, dtype), tl.full((), 1.0, dtype)
-    slope_k = (scale / temperature).to(dtype)
+        cool = 1.0 / tl.load(rows.temperature + n).to(tl.float64)
+    slope_k = scale * cool
+    k = cool if CAPPED else slope_k
+    target_x, target_flat = capped(tl.load(rows.logits + start + target).to(dtype), inner, cap, CAPPED)
 
     # 2. Statistics, or what they were.
     if TASK == GRADIENT:
@@ -119,7 +120,6 @@ def one_row(
         entropy = tl.load(given.entropy + n).to(tl.float64)
     else:
         top, log_sum, entropy, sum_sq = moments(rows.logits, start, V, inner, cap, k, dtype, CAPPED, LANES, WIDTH)
-    target_x, _tanh = capped(tl.load(rows.logits + start + target).to(dtype), inner, cap, CAPPED)
     logp = ((target_x - top).to(tl.float64) * k - log_sum).to(dtype)
     p, expm1 = exp_expm1(logp, 0.0)
 
@@ -150,7 +150,8 @@ def one_row(
                     base_log_sum, keep, uniform, dtype, CAPPED, LANES, WIDTH,
                 )  # fmt: skip
                 excess = q_y - p0_y
-                supervised = -(share * crossed + tl.where(excess == 0.0, 0.0, excess * logp))
+                crossed = tl.where(share == 0.0, 0.0, share * crossed)  # D may be infinite, and a cross entropy too
+                supervised = -(crossed + tl.where(excess == 0.0, 0.0, excess * logp))
         if TASK != GRADIENT:
             tl.store(out.supervised + n, supervised)
 
@@ -177,8 +178,17 @@ def one_row(
             bonus = tl.zeros((), dtype)
             if BONUS:
                 bonus = tl.load(given.entropy_slope + n)
+        slope, bonus, h = slope * slope_k.to(dtype), bonus * slope_k.to(dtype), entropy.to(dtype)
+        tl.debug_barrier()  # in place: every thread has read the target's logit before one writes over it
         write_gradient(
-            out.gradient, out_start, rows.logits, start, rows.base_logits, base_start, V, target, inner, cap, k,
-            slope_k, top, log_sum, entropy.to(dtype), slope, bonus, own, gift, inverse, base_top, base_log_sum, keep,
-            uniform, dtype, CAPPED, BONUS, LANES, WIDTH,
+            out.gradient, out_start, rows.logits, start, rows.base_logits, base_start, V, inner, cap, k, slope, top,
+            log_sum, h, bonus, gift, inverse, base_top, base_log_sum, keep, uniform, dtype, CAPPED, BONUS, LANES, WIDTH,
         )  # fmt: skip
+        # The target's gradient, from where 1 - p loses no digits; after the one that took it for any column.
+        dz = slope * own
+        if BONUS:
+            dz -= bonus * (p * (tl.where(p > 0.0, logp, 0.0) + h))
+        if CAPPED:
+            dz *= 1.0 - target_flat * target_flat
+        tl.debug_barrier()
+        tl.store(out.gradient + out_start + target, dz.to(out.gradient.dtype.element_ty))

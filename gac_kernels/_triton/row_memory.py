@@ -23,6 +23,27 @@ def start_of(n, B, stride_a, stride_b):
 
 
 @triton.jit
+def whole_tiles(start, V, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns of the tiles that lie inside the row, 0 where it does not begin on a 16-byte boundary."""
+    return tl.where(start % WIDTH == 0, V // (LANES * WIDTH) * (LANES * WIDTH), 0)
+
+
+@triton.jit
+def read_whole(pointer, start, i, whole, POLICY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The tile at column ``i`` of the ``whole`` ones, without a value where there is none."""
+    column = columns(i, LANES, WIDTH)
+    place = (pointer + start // WIDTH * WIDTH) + column
+    return tl.load(place, mask=(column >= 0) & (column < whole), eviction_policy=POLICY)
+
+
+@triton.jit
+def write_whole(pointer, start, i, value, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Nobody reads here what is written, so that it should not push out what will be read again."""
+    place = (pointer + start // WIDTH * WIDTH) + columns(i, LANES, WIDTH)
+    tl.store(place, value, eviction_policy="evict_first")
+
+
+@triton.jit
 def read_tile(pointer, start, i, V, other: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """Columns ``i`` on of the row of ``V`` columns at ``start``; ``other`` beyond its end."""
     column = columns(i, LANES, WIDTH)

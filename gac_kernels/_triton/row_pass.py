@@ -2,27 +2,39 @@
 
 With ``x`` the raw logit, or the capped one, ``z = k x``: exponentials are of ``k (x - top)``, so that large logits lose
 nothing. ``exp2`` is the hardware's (two units in the last place): an error of that size in single terms of a sum is
-below 3e-7 in its logarithm. Sums are float32 in a lane and float64 over lanes; a lane keeps a maximum of its own, so
-that no tile waits for all threads.
+below 3e-7 in its logarithm. Sums are of the logits' accuracy (float32 or float64) in a lane and float64 over lanes; a
+lane keeps a maximum of its own, so that no tile waits for all threads. Float64 does little else: GPUs for games and
+inference have a unit of it for 64 threads.
+
+Whole tiles of an aligned row are fetched one ahead and without a mask; what is left goes through ``read_tile``.
 """
 
 import triton
 import triton.language as tl
 
-from .math import divide, exp_expm1
-from .row_memory import columns, read_tile, write_tile
+from .math import divide, exp_expm1, log
+from .row_memory import columns, read_tile, read_whole, whole_tiles, write_tile, write_whole
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where 0 is multiplied with it
 
 
 @triton.jit
-def power(d, k):
-    """``e^(k d)`` for ``k d <= 0``; ``k`` is a float64 scalar."""
-    if d.dtype == tl.float64:
-        return tl.exp(d * k)
+def base_2(k, dtype: tl.constexpr):
+    """The factor of an exponent for :func:`power`, from a float64 scalar."""
+    if dtype == tl.float64:
+        return k
     else:
-        return tl.exp2(d * (k * LOG2E).to(tl.float32))
+        return (k * LOG2E).to(dtype)
+
+
+@triton.jit
+def power(x):
+    """``e^x``, or ``2^x`` in float32."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
@@ -43,42 +55,59 @@ def capped(raw, inner, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def add_tile(x, m, s, s2, sd, by):
+    """Each lane's maximum ``m``, and its sums of ``e``, ``e^2`` and ``e d`` of ``d = x - m``, ``e = e^(k d)``."""
+    higher = tl.maximum(m, tl.max(x, axis=1))
+    origin = tl.where(higher == float("-inf"), 0.0, higher)
+    # What was summed so far moves to the new origin; nothing was if the old one is -inf.
+    fall = tl.where(m == float("-inf"), 0.0, m - origin)
+    shrink = power(fall * by)
+    d = x - origin[:, None]
+    d = tl.where(d < LOWEST, LOWEST, d)  # keeps nan
+    e = power(d * by)
+    sd = shrink * (sd + s * fall) + tl.sum(e * d, axis=1)
+    s = shrink * s + tl.sum(e, axis=1)
+    s2 = shrink * shrink * s2 + tl.sum(e * e, axis=1)
+    return higher, s, s2, sd
+
+
+@triton.jit
 def moments(
     pointer, start, V, inner, cap, k, dtype: tl.constexpr, CAPPED: tl.constexpr, LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """``top`` (of x), ``log sum e^(k (x - top))``, entropy and sum of p squared, float64 scalars but ``top``."""
+    """``top`` (of x), ``log sum e^(k (x - top))``, entropy and sum of p squared; float64 but ``top`` and the last."""
+    by = base_2(k, dtype)
     m = tl.full([LANES], float("-inf"), dtype)
     s = tl.zeros([LANES], dtype)
     s2 = tl.zeros([LANES], dtype)
     sd = tl.zeros([LANES], dtype)
-    for i in range(0, V, LANES * WIDTH):
+    whole = whole_tiles(start, V, LANES, WIDTH)
+    ahead = read_whole(pointer, start, 0, whole, "", LANES, WIDTH)
+    for i in range(0, whole, LANES * WIDTH):
+        raw = ahead
+        ahead = read_whole(pointer, start, i + LANES * WIDTH, whole, "", LANES, WIDTH)
+        x, _ = capped(raw.to(dtype), inner, cap, CAPPED)
+        m, s, s2, sd = add_tile(x, m, s, s2, sd, by)
+    for i in range(whole, V, LANES * WIDTH):
         raw = read_tile(pointer, start, i, V, float("-inf"), LANES, WIDTH).to(dtype)
         x, _ = capped(raw, inner, cap, CAPPED)
         if CAPPED:
             x = tl.where(columns(i, LANES, WIDTH) < V, x, float("-inf"))
-        higher = tl.maximum(m, tl.max(x, axis=1))
-        origin = tl.where(higher == float("-inf"), 0.0, higher)
-        # What was summed so far moves to the new origin; nothing was if the old one is -inf.
-        fall = tl.where(m == float("-inf"), 0.0, m - origin)
-        shrink = power(fall, k)
-        d = x - origin[:, None]
-        d = tl.where(d < LOWEST, LOWEST, d)  # keeps nan
-        e = power(d, k)
-        sd = shrink * (sd + s * fall) + tl.sum(e * d, axis=1)
-        s = shrink * s + tl.sum(e, axis=1)
-        s2 = shrink * shrink * s2 + tl.sum(e * e, axis=1)
-        m = higher
+        m, s, s2, sd = add_tile(x, m, s, s2, sd, by)
+
     top = tl.max(m)
-    fall = tl.where(m == float("-inf"), 0.0, m - top).to(tl.float64)
-    shrink = tl.exp(fall * k)
-    total = tl.sum(shrink * s)
-    moment = tl.sum(shrink * (sd.to(tl.float64) + s * fall))
+    fall = tl.where(m == float("-inf"), 0.0, m - top)
+    shrink = power(fall * by)
+    total = tl.sum((shrink * s).to(tl.float64))  # at least 1: the top itself
+    moment = tl.sum((shrink * (sd + s * fall)).to(tl.float64))
     squares = tl.sum(shrink * shrink * s2)
-    log_sum = tl.where(top > float("-inf"), tl.log(total), float("nan"))
-    entropy = log_sum - k * moment / total
+    high = total.to(dtype)
+    low = divide((total - high.to(tl.float64)).to(dtype), high)
+    log_sum = tl.where(top > float("-inf"), log(high).to(tl.float64) + low.to(tl.float64), float("nan"))
+    entropy = log_sum - divide(moment.to(dtype), high).to(tl.float64) * k
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
-    return top, log_sum, entropy, squares / (total * total)
+    return top, log_sum, entropy, divide(divide(squares, high), high)
 
 
 @triton.jit
@@ -87,9 +116,7 @@ def base_probability(
 ):
     """``keep softmax(base) + uniform`` of a tile, 0 beyond the row."""
     x = read_tile(base, start, i, V, float("-inf"), LANES, WIDTH).to(dtype)
-    one = tl.full((), 1.0, tl.float64)
-    d = (x - top) - log_sum.to(dtype)
-    p = power(tl.where(d < LOWEST, LOWEST, d), one)
+    p = power(((x - top) - log_sum.to(dtype)) * base_2(tl.full((), 1.0, tl.float64), dtype))
     return tl.where(columns(i, LANES, WIDTH) < V, keep * p + uniform, 0.0)
 
 
@@ -124,36 +151,56 @@ def cross_entropy(
 
 
 @triton.jit
-def write_gradient(
-    out, out_start, pointer, start, base, base_start, V, target, inner, cap, k, slope_k, top, log_sum, entropy, slope,
-    bonus, own, gift, inverse, base_top, base_log_sum, keep, uniform, dtype: tl.constexpr, CAPPED: tl.constexpr,
-    BONUS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+def gradient_tile(
+    raw, base, base_start, i, V, inner, cap, k, slope, top, log_sum, entropy, bonus, gift, inverse, base_top,
+    base_log_sum, keep, uniform, dtype: tl.constexpr, CAPPED: tl.constexpr, BONUS: tl.constexpr, LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """``slope (t - p) - bonus p (log p + H)`` through the transform; last tiles first, which are still in the cache.
+    """``slope (t - p) - bonus p (log p + H)`` at column ``i`` on as if the target were none of its columns."""
+    x, flat = capped(raw.to(dtype), inner, cap, CAPPED)
+    d = x - top
+    p = power(tl.fma(d, base_2(k, dtype), -base_2(log_sum, dtype)))
+    if gift is None:
+        dz = p * -slope
+    else:
+        q = base_probability(base, base_start, i, V, base_top, base_log_sum, keep, uniform, dtype, LANES, WIDTH)
+        dz = (tl.where(gift, inverse * q, 0.0) - p) * slope
+    if BONUS:
+        log_p = d * k.to(dtype) - log_sum.to(dtype)
+        dz -= bonus * (p * (tl.where(p > 0.0, log_p, 0.0) + entropy))
+    if CAPPED:
+        dz *= 1.0 - flat * flat
+    return dz
 
-    ``own``: the value of ``t - p`` at the target, made where it loses no digits. ``out`` may be ``pointer``.
-    """
-    tiles = (V + LANES * WIDTH - 1) // (LANES * WIDTH)
-    kk, shift = k.to(dtype), log_sum.to(dtype)
-    for j in range(tiles):
-        i = (tiles - 1 - j) * (LANES * WIDTH)
-        raw = read_tile(pointer, start, i, V, float("-inf"), LANES, WIDTH).to(dtype)
-        x, t = capped(raw, inner, cap, CAPPED)
-        d = x - top
-        log_p = tl.where(d < LOWEST, LOWEST, d) * kk - shift
-        one = tl.full((), 1.0, tl.float64)
-        p = power(log_p, one)
-        difference = -p
-        if gift is not None:
-            q = base_probability(base, base_start, i, V, base_top, base_log_sum, keep, uniform, dtype, LANES, WIDTH)
-            difference = tl.where(gift, inverse * q - p, difference)
-        difference = tl.where(columns(i, LANES, WIDTH) == target, own, difference)
-        dz = slope * difference
-        if BONUS:
-            dz -= bonus * (p * (tl.where(p > 0.0, log_p, 0.0) + entropy))
-        if CAPPED:
-            dz *= 1.0 - t * t
-        write_tile(out, out_start, i, V, (dz * slope_k).to(out.dtype.element_ty), LANES, WIDTH)
+
+@triton.jit
+def write_gradient(
+    out, out_start, pointer, start, base, base_start, V, inner, cap, k, slope, top, log_sum, entropy, bonus, gift,
+    inverse, base_top, base_log_sum, keep, uniform, dtype: tl.constexpr, CAPPED: tl.constexpr, BONUS: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """:func:`gradient_tile` over the row, last tiles first: they are in the cache still. ``out`` may be ``pointer``."""
+    kind: tl.constexpr = out.dtype.element_ty
+    whole = tl.minimum(whole_tiles(start, V, LANES, WIDTH), whole_tiles(out_start, V, LANES, WIDTH))
+    rest = (V - whole + LANES * WIDTH - 1) // (LANES * WIDTH)
+    for j in range(rest):
+        i = whole + (rest - 1 - j) * (LANES * WIDTH)
+        raw = read_tile(pointer, start, i, V, float("-inf"), LANES, WIDTH)
+        dz = gradient_tile(
+            raw, base, base_start, i, V, inner, cap, k, slope, top, log_sum, entropy, bonus, gift, inverse, base_top,
+            base_log_sum, keep, uniform, dtype, CAPPED, BONUS, LANES, WIDTH,
+        )  # fmt: skip
+        write_tile(out, out_start, i, V, dz.to(kind), LANES, WIDTH)
+    ahead = read_whole(pointer, start, whole - LANES * WIDTH, whole, "evict_first", LANES, WIDTH)
+    for j in range(0, whole, LANES * WIDTH):
+        i = whole - LANES * WIDTH - j
+        raw = ahead
+        ahead = read_whole(pointer, start, i - LANES * WIDTH, whole, "evict_first", LANES, WIDTH)
+        dz = gradient_tile(
+            raw, base, base_start, i, V, inner, cap, k, slope, top, log_sum, entropy, bonus, gift, inverse, base_top,
+            base_log_sum, keep, uniform, dtype, CAPPED, BONUS, LANES, WIDTH,
+        )  # fmt: skip
+        write_whole(out, out_start, i, dz.to(kind), LANES, WIDTH)
 
 
 @triton.jit

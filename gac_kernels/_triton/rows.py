@@ -16,7 +16,7 @@ from .row_kernel import FUSED, GRADIENT, STATISTICS, row_kernel
 from .token_loss import LAUNCH
 
 INTERPRETED = not isinstance(row_kernel, triton.JITFunction)
-SHORT = 2048  # columns that four warps hold
+SHORT, MEDIUM = 2048, 1 << 17  # columns that four warps hold; bytes of a row of which two fit into a level-1 cache
 MOST_COLUMNS = 2**31 - 2**16  # a tile beyond the last column still has a 32-bit number
 
 
@@ -141,7 +141,7 @@ def _launch(
     if V > MOST_COLUMNS:
         raise ValueError(f"logits must have at most {MOST_COLUMNS} columns, got {V}")
     policy, p0, p1, p2, phi, kl_coef, kl_estimator, kl_ratio_weighted, entropy_coef = term
-    warps = 4 if V <= SHORT else 16
+    warps = 4 if V <= SHORT else 8 if V * logits.element_size() <= MEDIUM else 16
     width = 16 // logits.element_size()
     lanes = (64 if rows.base_logits is None else 32) * warps  # GIFT holds two rows' tiles at once
     with on_device(logits):
@@ -154,8 +154,8 @@ def _launch(
 
 
 def _limits(warps: int) -> dict[str, int]:
-    """All of a multiprocessor's 65536 registers for sixteen warps, and no more than 255 a thread for four."""
-    return {"num_warps": warps} | ({"maxnreg": 255 if warps == 4 else 128} if torch.version.hip is None else {})
+    """A multiprocessor's 65536 registers are for 16 warps, of however many rows."""
+    return {"num_warps": warps} | ({"maxnreg": 128} if "maxnreg" in LAUNCH else {})
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
