@@ -6,15 +6,13 @@
 #endif
 
 #include "row_passes.h"
+#include "row_terms.h"
 
 namespace GAC_NAMESPACE {
 
 using gac::Element;
 using gac::Grid;
 using gac::kDead;
-using gac::kDemonstration;
-using gac::kRollout;
-using gac::RowsCall;
 
 // Denormal numbers cost hundreds of cycles each and mean nothing here: probabilities below 1e-38.
 struct WithoutDenormals {
@@ -37,45 +35,6 @@ struct WithDenormals {
 template <class T>
 GAC_INLINE int64_t target_of(const RowsCall<T>& c, int64_t n) {
     return c.wide_targets ? static_cast<const int64_t*>(c.targets)[n] : static_cast<const int32_t*>(c.targets)[n];
-}
-
-struct Slopes {
-    double logp, entropy;  // d loss / d logp and d loss / d entropy, rounded to T
-};
-
-// Of a rollout's token, by the formulas that token_loss uses, in one lane.
-template <class V, class Policy>
-double policy_slope(const RowsCall<typename V::Scalar>& c, int64_t n, typename V::Scalar logp) {
-    static constexpr uint8_t kLive[64] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-    const auto of = [n](const auto* tokens) { return V(static_cast<double>(tokens[n])); };
-    const auto live = V::live(kLive);
-    const TokenLossParameters& o = c.term;
-    const Policy policy({o.p0, o.p1, o.p2});
-    const V x(static_cast<double>(logp)), advantage = c.advantage ? of(c.advantage) : V(__builtin_nan(""));
-    const Ratio<V> r = importance_ratio(x, c.old ? of(c.old) : on_policy_old(x), live);
-    V slope = policy(x, advantage, r, Coupling<V>{V(0), V(0)}).slope;
-    if (c.rollout) slope = slope * of(c.rollout);
-    if (c.reference && o.kl_coef != 0)
-        slope = slope + V(o.kl_coef) * kl_term(o.kl_estimator, o.kl_ratio_weighted, x, of(c.reference), r).slope;
-    return first_lane(of(c.weight) * slope);
-}
-
-template <class V>
-__attribute__((noinline)) Slopes token_slopes(const RowsCall<typename V::Scalar>& c, int64_t n, typename V::Scalar logp) {
-    const V weight(static_cast<double>(c.weight[n]));
-    if (c.kind[n] == kDemonstration) {
-        const V cs = c.term.phi ? phi_slope(exp(V(static_cast<double>(logp)))) : V(-1);
-        return {first_lane(weight * cs), 0};
-    }
-    const double bonus = first_lane(weight * V(-c.term.entropy_coef));
-    switch (c.term.policy) {
-        case kSigmoid: return {policy_slope<V, SapoTerm<V, SigmoidGate>>(c, n, logp), bonus};
-        case kErf: return {policy_slope<V, SapoTerm<V, ErfGate>>(c, n, logp), bonus};
-        case kArctan: return {policy_slope<V, SapoTerm<V, ArctanGate>>(c, n, logp), bonus};
-        case kSoftsign: return {policy_slope<V, SapoTerm<V, SoftsignGate>>(c, n, logp), bonus};
-        case kGrpo: return {policy_slope<V, GrpoTerm<V>>(c, n, logp), bonus};
-        default: return {policy_slope<V, CispoTerm<V>>(c, n, logp), bonus};
-    }
 }
 
 template <class V, class E>
@@ -258,17 +217,20 @@ private:
         for (int64_t begin = 0; begin < row.columns; begin += kBlock<E>) {
             const int64_t end = begin + kBlock<E> < row.columns ? begin + kBlock<E> : row.columns;
             base_probabilities(c, row, begin, end);
-            V sum[K];
-            for (int k = 0; k < K; ++k) sum[k] = V(0);
-            for_each_group<E>(
-                row.x, nullptr, begin, end, [&](auto* from, auto*, int64_t i, int) __attribute__((always_inline)) {
-                    V v[K], q[K];
-                    E::load(from, v);
-                    place<E>(row.base_block + (i - begin), q);
-                    for (int k = 0; k < K; ++k)
-                        sum[k] = sum[k] + select(q[k] > V(0), q[k] * (f.above(v[k], origin) - log_sum), V(0));
-                });
-            for (int k = 0; k < K; ++k) sum[k].add_to(lanes);
+            for (int64_t run = begin; run < end; run += kRunGroups * E::Group) {
+                const int64_t stop = run + kRunGroups * E::Group < end ? run + kRunGroups * E::Group : end;
+                V sum[K];
+                for (int k = 0; k < K; ++k) sum[k] = V(0);
+                for_each_group<E>(
+                    row.x, nullptr, run, stop, [&](auto* from, auto*, int64_t i, int) __attribute__((always_inline)) {
+                        V v[K], q[K];
+                        E::load(from, v);
+                        place<E>(row.base_block + (i - begin), q);
+                        for (int k = 0; k < K; ++k)
+                            sum[k] = sum[k] + select(q[k] > V(0), q[k] * (f.above(v[k], origin) - log_sum), V(0));
+                    });
+                for (int k = 0; k < K; ++k) sum[k].add_to(lanes);
+            }
         }
         for (double lane : lanes) total += lane;
         const double excess = row.gift.excess == 0 ? 0 : row.gift.excess * row.target_logp;

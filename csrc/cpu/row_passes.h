@@ -6,7 +6,7 @@
 // alone, and nothing on threads, neighbours or strides.
 #pragma once
 
-#include "../math/terms.h"
+#include "../math/config.h"
 #include "rows.h"
 
 namespace GAC_NAMESPACE {
