@@ -21,10 +21,10 @@ $(STAMP): $(BIN)/python $(SOURCES)
 demo: $(STAMP)
 	rm -rf runs/demo
 	$(BIN)/python -m gac_kernels.train.demo --output runs/demo $(DEMO_ARGS)
-	$(BIN)/gac-kernels bench --modes full --seconds 3 --providers gac-cpu,eager,eager-loss --backend cpu
+	$(BIN)/gac-kernels bench --modes full --seconds 2 --providers gac-cpu,eager,eager-loss --backend cpu
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # whole files, whose fixtures compile kernels and start processes
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
