@@ -54,9 +54,12 @@ REPEATED = [
     [{**size, "policy": p, "packed": q} for size in SIZES] for p, q in (("SAPO('sigmoid')", False), ("DFPO()", True))
 ]
 REPEATED[0] += FLOATS
-# Rows: more than 2^31 logits, rows that begin anywhere, one row, another scale.
-LENGTHS = [(8, 64, 4096), (1, 1, 151936), (16, 2**16, 50257), (7, 2**20, 2049), (300, 16, 2**20)]
-REPEATED.append([{"rows": "fused_rows_", "dtype": "bfloat16", "S": S, "T": T, "V": V} for S, T, V in LENGTHS])
+# Rows, of which two fit into a level-1 cache and longer ones: more than 2^31 logits, rows that begin anywhere, one row,
+# another scale.
+MEDIUM = [(8, 64, 4096), (16, 2**16, 50257), (7, 2**20, 2049), (1, 1, 2**16)]
+LONG = [(1, 1, 151936), (300, 16, 2**20), (3, 2**14, 151937)]
+for lengths in (MEDIUM, LONG):
+    REPEATED.append([{"rows": "fused_rows_", "dtype": "bfloat16", "S": S, "T": T, "V": V} for S, T, V in lengths])
 REPEATED[2].append({"rows": "fused_rows_", "dtype": "bfloat16", "scale": 0.5, "policy": "SAPO('sigmoid', 3.0, 4.0)"})
 
 
@@ -116,12 +119,12 @@ class TestMachineCode:
         assert not any(kernel["fusion"] for kernel in self.fresh(kernels, index))
 
 
-@pytest.mark.parametrize("group", range(len(REPEATED)), ids=["padded", "packed", "rows"])
+@pytest.mark.parametrize("group", range(len(REPEATED)), ids=["padded", "packed", "rows", "long-rows"])
 def test_a_new_length_or_number_compiles_nothing(kernels, group):
     first = len(VARIANTS) + sum(map(len, REPEATED[:group]))
     runs = kernels[first : first + len(REPEATED[group])]
     identities = [[(kernel["kernel"], kernel["identity"]) for kernel in run] for run in runs]
-    assert len(identities[0]) == (3, 4, 1)[group]
+    assert len(identities[0]) == (3, 4, 1, 1)[group]
     assert all(run == identities[0] for run in identities[1:])
 
 

@@ -148,7 +148,7 @@ struct Moments {
 };
 
 // Maximum, log of the sum of exponentials, entropy and sum of p^2 of a row. `Store`: also leaves e^(z - block_top) in
-// `out`, which may be the row itself, for store_gradient.
+// `out`, which may be the row itself, for gradient_of_stored.
 template <class V, class E, bool Capped, bool Store>
 __attribute__((noinline)) Moments measure_row(
     const typename E::Stored* x, int64_t columns, const Transform<V, Capped>& transform, typename E::Stored* out,

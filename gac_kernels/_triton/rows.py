@@ -1,7 +1,7 @@
 """The row primitives on Triton: one launch each, whatever the lengths.
 
 Nothing here reads the device. Compiled anew is only for another task, objective, dtype or choice of optional inputs,
-and once more for rows too short for sixteen warps.
+and for each of three ranges of row lengths, which differ in the warps at work on a row.
 """
 
 from contextlib import AbstractContextManager, nullcontext
