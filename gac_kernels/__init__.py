@@ -15,7 +15,14 @@ from .objectives import (
     HybridObjective,
     LogitTransform,
 )
-from .ops import hybrid_loss, hybrid_loss_from_logits, signals_from_logprobs, token_logprobs
+from .ops import (
+    hybrid_loss,
+    hybrid_loss_from_hidden,
+    hybrid_loss_from_logits,
+    signals_from_logprobs,
+    token_logprobs,
+    token_logprobs_from_hidden,
+)
 from .signals import Signals
 from .types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
 
@@ -45,8 +52,10 @@ __all__ = [
     "backends",
     "group_advantages",
     "hybrid_loss",
+    "hybrid_loss_from_hidden",
     "hybrid_loss_from_logits",
     "signals_from_logprobs",
     "token_logprobs",
+    "token_logprobs_from_hidden",
     "use_backend",
 ]

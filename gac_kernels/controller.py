@@ -121,7 +121,7 @@ class GuidedAdaptiveController:
         elif estimator == "hidden":
             if signals.hidden is None:
                 raise ValueError("estimator 'hidden' needs signals that carry `hidden` (S, H), got signals without it")
-            kept = Signals(rows, hidden=signals.hidden.detach())
+            kept = replace(signals, rows=rows, has_sum_sq=False, hidden=signals.hidden.detach())
         else:
             kept = Signals(rows)
         if self._observed:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from . import eager
-from .schemas import FAKES, SCHEMAS
+from .schemas import COMPOSITES, FAKES, SCHEMAS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -102,6 +102,15 @@ _overloads = {
     for name in SCHEMAS
     for form in (name, f"{name}_reference", f"{name}_triton")
 }
+
+
+def define_composite(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``function``, which is made of other operators, the operator ``name`` on every device: opaque to a compiler."""
+    _lib.define(name + COMPOSITES[name], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"gac_kernels::{name}", FAKES[name], lib=_lib)
+    _lib.impl(name, function, "CompositeExplicitAutograd")
+    overload: Callable[..., Any] = getattr(torch.ops.gac_kernels, name).default
+    return overload
 
 
 def call(name: str, *args: Any) -> Any:

@@ -38,6 +38,10 @@ DFPO_TRANSFORMS, DFPO_RATIOS = ("min_replace", "adv_orthogonal"), ("geometric_me
 # What a token is: the row kernels' mask and branch in one.
 DEAD, ROLLOUT, DEMONSTRATION = range(3)
 
+# The target of a live row whose target is in no column of these logits, but in another shard of the vocabulary: its log-prob
+# reads 0, and its gradient has no column with t = 1. Not for the fused operators, whose slope needs the log-prob.
+ELSEWHERE = -(2**31)
+
 
 # Objectives and transforms as arguments ----------------------------------------------------------------------
 def encode_term(objective: HybridObjective) -> tuple[Any, ...]:
@@ -138,7 +142,8 @@ _TOKEN_WEIGHTS = f"""(
 # float64. Row n of the N = A B is logits[n // B, n % B]. Results are one a row, (N,), in acc: float64 for float64
 # logits, else float32. base_logits (A, B, V) turn GIFT on: they are read for demonstrations, and never transformed.
 # temperature (N,) in acc, or None for temperature_value; softcap 0 is none. Dead rows are neither read nor computed;
-# their results and gradients are 0. A live target outside [0, V) makes its row nan and touches nothing else.
+# their results and gradients are 0. A live target outside [0, V), but for ELSEWHERE, makes its row nan and touches
+# nothing else.
 _ROWS = "Tensor targets, Tensor kind, Tensor? temperature, Tensor? base_logits"
 _STATIC = "float scale, float softcap, float temperature_value, float beta, float smooth"
 # normalizer (N, 2): max and log sum exp(z - max), 0 where not computed; with base_logits (N, 4), then the base row's.
@@ -152,6 +157,22 @@ _FUSED = f"""{_ROWS}, Tensor weight, Tensor? advantages, Tensor? old_logprobs, T
     Tensor? rollout_weights, {_STATIC}, {_TERM}"""
 _FUSED_RESULTS = "Tensor logprobs, Tensor entropy, Tensor sum_sq, Tensor supervised"
 
+# Rows of hidden states (A, B, H), any strides of the two leading dimensions, times a head weight (V, H) and bias (V,), all
+# of one dtype; `chunk` rows of logits exist at a time. GIFT's base logits are given, (A, B, V), or made of base_hidden
+# (A, B, H'), base_weight (V, H') and base_bias. Gradients are wanted or (0,).
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
+_BASE = "Tensor? base_logits, Tensor? base_hidden, Tensor? base_weight, Tensor? base_bias"
+_LINEAR = "Tensor targets, Tensor kind, Tensor? temperature"
+_WANTED = "int chunk, bool want_hidden, bool want_weight, bool want_bias"
+_GRADIENTS = "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient"
+# Three products: statistics, slope and gradient of a chunk while it is there.
+_LINEAR_LOSS = f"""({_HEAD}, {_LINEAR}, {_BASE}, Tensor weight_N, Tensor? advantages, Tensor? old_logprobs,
+    Tensor? ref_logprobs, Tensor? rollout_weights, {_WANTED}, {_STATIC}, {_TERM}) -> ({_FUSED_RESULTS}, {_GRADIENTS})"""
+_LINEAR_STATISTICS = f"""({_HEAD}, {_LINEAR}, {_BASE}, int chunk, {_STATIC}
+) -> (Tensor logprobs, Tensor entropy, Tensor sum_sq, Tensor normalizer, Tensor supervised)"""
+_LINEAR_GRADIENT = f"""({_HEAD}, {_LINEAR}, {_BASE}, Tensor normalizer, Tensor entropy, Tensor slope,
+    Tensor? entropy_slope, {_WANTED}, {_STATIC}) -> ({_GRADIENTS})"""
+
 SCHEMAS = {
     "token_loss": _TOKEN_LOSS,
     "token_weights": _TOKEN_WEIGHTS,
@@ -162,6 +183,12 @@ SCHEMAS = {
     "fused_rows_": f"(Tensor(a!) logits, {_FUSED}) -> ({_FUSED_RESULTS})",
     # gradient *= factor (0-d), and nothing at all where factor is 1. Any dense shape, or rows as above.
     "scale_": "(Tensor(a!) gradient, Tensor factor) -> ()",
+}
+# Made of the operators above and matrix products, on every device: they have no form of their own for a backend.
+COMPOSITES = {
+    "linear_loss": _LINEAR_LOSS,
+    "linear_statistics": _LINEAR_STATISTICS,
+    "linear_gradient": _LINEAR_GRADIENT,
 }
 
 
@@ -210,6 +237,31 @@ def _new_gradient(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+def _linear_rows(hidden: Tensor) -> Tensor:
+    """Stands for logits of the hidden states' rows."""
+    return hidden.new_empty((*hidden.shape[:2], 1))
+
+
+def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *wanted: bool) -> tuple[Tensor, ...]:
+    of = (hidden, weight, bias)
+    return tuple(
+        value.new_empty(value.shape) if want and value is not None else hidden.new_empty(0)
+        for value, want in zip(of, wanted, strict=True)
+    )
+
+
+def _linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    has_base = rest[3] if rest[3] is not None else rest[4]
+    rows = _linear_rows(hidden)
+    results = _per_row(rows), _per_row(rows), _per_row(rows), _supervised(rows, has_base)
+    return *results, *_gradients(hidden, weight, bias, *rest[13:16])
+
+
+def _linear_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    base = rest[3] if rest[3] is not None else rest[4]
+    return _row_statistics(_linear_rows(hidden), rest[0], rest[1], rest[2], base)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "token_loss": _token_loss,
     "token_weights": _token_weights,
@@ -219,4 +271,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "fused_rows": lambda logits, *rest: (*_fused_rows_(logits, *rest), _new_gradient(logits)),
     "fused_rows_": _fused_rows_,
     "scale_": lambda gradient, factor: None,
+    "linear_loss": _linear_loss,
+    "linear_statistics": _linear_statistics,
+    "linear_gradient": lambda hidden, weight, bias, *rest: _gradients(hidden, weight, bias, *rest[12:15]),
 }

@@ -55,7 +55,8 @@ class Signals:
         counts nowhere.
     has_sum_sq: whether own_norm and diff_norm were measured (they need sum p^2).
     policy_aggregation, supervised_aggregation, norm_length: how the loss weighs tokens, read by the `logit` estimator.
-    hidden: (S, H) gradient of each sequence's mean with respect to a bias on the last hidden state, or None.
+    hidden: (S, H) gradient, with respect to a bias on the last hidden state, of each sequence's mean loss in its branch (mu
+        and the aggregation taken out), or None.
     """
 
     rows: Tensor
@@ -181,8 +182,7 @@ def logit_estimate(signals: Signals) -> Estimate:
         raise ValueError("the logit estimator needs signals made with sum_sq (sum p^2 a token), got signals without it")
     rows = signals.rows.double()
     live_S, expert_S, policy_S = _branches(rows)
-    expert_weight_S = _token_weight(signals.supervised_aggregation, rows[:, TOKENS], expert_S, signals.norm_length)
-    policy_weight_S = _token_weight(signals.policy_aggregation, rows[:, TOKENS], policy_S, signals.norm_length)
+    expert_weight_S, policy_weight_S = _token_weights(signals, rows, expert_S, policy_S)
     weight2_S = torch.where(expert_S, expert_weight_S, policy_weight_S).square()
     own_S = weight2_S * rows[:, OWN_NORM]
     sigma_s2 = (_mean(own_S, expert_S) / expert_S.sum()).clamp(min=NORM_FLOOR)
@@ -195,14 +195,18 @@ def logit_estimate(signals: Signals) -> Estimate:
 def hidden_estimate(signals: Signals) -> Estimate:
     """Noise and distance of the two branches' mean gradients on the last hidden state (ours).
 
+    A sequence's gradient is its mean's times the sequence's weight in the branch, relative to the branch's mean weight.
     sigma_b^2 = trace of the covariance over the branch's sequences / number of sequences, with n - 1: only so does
     Delta^2 = max(0, |mean_s - mean_r|^2 - sigma_s^2 - sigma_r^2) lose, on average, what sampling adds to the distance.
     A branch needs two sequences, Delta^2 needs two in each. Raises ValueError where the signals carry no `hidden`.
     """
     if signals.hidden is None:
         raise ValueError("the hidden estimator needs signals that carry `hidden` (S, H), got signals without it")
-    _, expert_S, policy_S = _branches(signals.rows)
-    hidden_SH = signals.hidden.double()
+    rows = signals.rows.double()
+    _, expert_S, policy_S = _branches(rows)
+    expert_weight_S, policy_weight_S = _token_weights(signals, rows, expert_S, policy_S)
+    weight_S = torch.where(expert_S, expert_weight_S, policy_weight_S) * rows[:, TOKENS]
+    hidden_SH = weight_S[:, None] * signals.hidden.double()
     means_H, noises, presents = [], [], []
     for member_S in (expert_S, policy_S):
         count = member_S.sum()
@@ -276,6 +280,14 @@ def _normalised_disagreement(rows: Tensor, live_S: Tensor, eps: float) -> Tensor
         a * a * cs2_S + b * b * cr2_S - 2 * a * b * cscr_S + shift * (shift * tokens_S - 2 * a * cs_S + 2 * b * cr_S)
     )
     return total_S.clamp(min=0.0)  # a sum of squares, up to rounding
+
+
+def _token_weights(signals: Signals, rows: Tensor, expert_S: Tensor, policy_S: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`_token_weight` in the supervised branch and in the policy's."""
+    return (
+        _token_weight(signals.supervised_aggregation, rows[:, TOKENS], expert_S, signals.norm_length),
+        _token_weight(signals.policy_aggregation, rows[:, TOKENS], policy_S, signals.norm_length),
+    )
 
 
 def _token_weight(aggregation: str, tokens_S: Tensor, member_S: Tensor, norm_length: float | None) -> Tensor:

@@ -57,6 +57,7 @@ def run(function, case: LogitCase, objective, mu, transform=None, **options):
 def make(
     lengths=(5, 0, 9, 3), expert=(False, True, False, True), *, V=37, dtype=torch.float32, seed=0, scale=3.0,
     spread=0.3, packed=False, base=False, kl=True, rollout=True, old=True, transform=None, poison=True, holes=True,
+    logits=None,
 ) -> LogitCase:  # fmt: skip
     """Random rows whose old and reference log-probs lie near their own."""
     g = torch.Generator().manual_seed(seed)
@@ -65,7 +66,8 @@ def make(
     def rand(*shape):
         return torch.rand(*shape, generator=g, dtype=torch.float64)
 
-    logits = (scale * torch.randn(S, T, V, generator=g, dtype=torch.float64)).to(dtype)
+    if logits is None:
+        logits = (scale * torch.randn(S, T, V, generator=g, dtype=torch.float64)).to(dtype)
     targets = torch.randint(0, V, (S, T), generator=g)
     inside = torch.arange(T)[None] < torch.tensor(lengths, dtype=torch.long)[:, None]
     mask = inside & (rand(S, T) > 0.15) if holes else inside

@@ -172,7 +172,7 @@ def test_undefined_rows_are_nan_and_alone(dtype):
 @pytest.mark.parametrize("wide", [True, False], ids=["int64", "int32"])
 def test_targets_outside_the_vocabulary(wide):
     """Their rows are nan, and memory beside the row is neither read nor written."""
-    for dtype, wrong in itertools.product(DTYPES, (-1, 50, 2**31 - 1, -(2**31), *((2**40,) if wide else ()))):
+    for dtype, wrong in itertools.product(DTYPES, (-1, 50, 2**31 - 1, 1 - 2**31, *((2**40,) if wide else ()))):
         case = RowCase(1, 4, 50, dtype, dead=False)
         right = case.statistics()
         case.targets[2] = wrong
@@ -183,6 +183,31 @@ def test_targets_outside_the_vocabulary(wide):
             assert a[2].isnan() and torch.equal(a[rest], b[rest]), name
         gradient = case.gradient(got)
         assert gradient[0, 2].isnan().all() and not gradient[0, rest].isnan().any()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_target_in_another_shard(transform):
+    """Everything but the target's own log-prob and column is as in a row whose target is one of these columns."""
+    for dtype, heat in itertools.product(DTYPES, (False, True)):
+        case = RowCase(2, 4, 70, dtype, transform=TRANSFORMS[transform], heat=heat, dead=False)
+        right = case.statistics()
+        gradient = case.gradient(right)
+        targets, case.targets = case.targets, torch.full_like(case.targets, schemas.ELSEWHERE)
+        got = case.statistics()
+        assert not got[0].any()
+        assert all(torch.equal(a, b) for a, b in zip(got[1:4], right[1:4], strict=True))
+        other = case.gradient(right)
+        column = torch.zeros_like(gradient, dtype=torch.bool).view(case.N, -1).scatter_(1, targets[:, None], True)
+        column = column.view(gradient.shape)
+        assert torch.equal(gradient[~column], other[~column])
+        # With t = 1 in the target's column the two differ by the slope there, through the transform.
+        twin = RowCase(2, 4, 70, dtype, transform=TRANSFORMS[transform], heat=heat, dead=False)
+        rows = reference.Rows.of(twin.logits.double(), twin.targets, twin.kind, None if not heat else
+                                 twin.temperature.double(), None, *twin.static)  # fmt: skip
+        factor = torch.as_tensor(rows.dz_NV).expand(case.N, 70).gather(1, targets[:, None])[:, 0]
+        want = gradient[column].double() - case.slope.double() * factor
+        bound = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float64: 1e-13}.get(dtype, 4e-6)
+        assert float((other[column].double() - want).abs().max()) <= bound * float(case.slope.abs().max()) * 3
 
 
 def test_dead_rows():

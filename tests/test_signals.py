@@ -213,6 +213,10 @@ def test_hidden_estimator(experts, rollouts):
         np.array([h for h, s in zip(hidden, sequences, strict=True) if s.tokens and s.expert == e])
         for e in (True, False)
     ]
+    # seq-mean-token-mean for rollouts: a sequence's mean counts as it is; token-mean for demonstrations: by its tokens.
+    tokens = np.array([s.tokens for s in sequences if s.tokens and s.expert], dtype=float)
+    if len(tokens):
+        groups[0] = groups[0] * (tokens * len(tokens) / tokens.sum())[:, None]
     noises = [np.trace(np.atleast_2d(np.cov(g.T))) / len(g) if len(g) > 1 else None for g in groups]
     distance = None
     if None not in noises:

@@ -13,6 +13,7 @@ namespace GAC_NAMESPACE {
 using gac::Element;
 using gac::Grid;
 using gac::kDead;
+using gac::kElsewhere;
 
 // Denormal numbers cost hundreds of cycles each and mean nothing here: probabilities below 1e-38.
 struct WithoutDenormals {
@@ -91,7 +92,8 @@ private:
                 continue;
             }
             const int64_t target = target_of(c, n);
-            if (target < 0 || target >= c.columns) {
+            const bool elsewhere = task != kFused && target == kElsewhere;
+            if (!elsewhere && (target < 0 || target >= c.columns)) {
                 clear<task>(c, n, static_cast<T>(__builtin_nan("")));
                 continue;
             }
@@ -101,7 +103,7 @@ private:
                 c.gradient.data ? reinterpret_cast<Stored*>(c.gradient.row(n)) : nullptr,
                 Transform<V, Capped>(c.scale, c.softcap, heat), scratch, scratch + c.columns / kBlock<E> + 1,
                 {}, 0, 0, {}};
-            row.target_raw = static_cast<double>(E::widen(row.x[target]));
+            if (!elsewhere) row.target_raw = static_cast<double>(E::widen(row.x[target]));
             one<Capped, task>(c, row);
         }
     }
@@ -109,7 +111,7 @@ private:
     template <bool Capped, Task task>
     static void one(const Call& c, Row<Capped>& row) {
         const int64_t n = row.n;
-        const bool gift = c.base.data && c.kind[n] == kDemonstration;
+        const bool gift = c.base.data && c.kind[n] == kDemonstration && row.target >= 0;
         const bool bonus = task == kFused ? c.term.entropy_coef != 0 && c.kind[n] == kRollout
                                           : task == kGradient && c.entropy_slope;
         constexpr bool kCanStore = task == kFused && !Capped && sizeof(Stored) == sizeof(T);
@@ -123,7 +125,7 @@ private:
             row.m = measure_row<V, E, Capped, false>(row.x, row.columns, row.transform, nullptr, nullptr);
         }
         const V raw(row.target_raw);
-        row.target_logp = first_lane(row.transform.above(raw, V(row.m.top))) - row.m.log_sum;
+        if (row.target >= 0) row.target_logp = first_lane(row.transform.above(raw, V(row.m.top))) - row.m.log_sum;
         if (gift) row.gift = gift_of(c, row, task == kGradient ? c.given_normalizer + 4 * n + 2 : nullptr);
         if constexpr (task != kGradient) {
             c.logprobs[n] = static_cast<T>(row.target_logp);
@@ -170,6 +172,7 @@ private:
             }
         }
         if (!written) gift ? general<Capped, true>(c, row, slopes) : general<Capped, false>(c, row, slopes);
+        if (row.target < 0) return;  // in another shard
         // The target's own column, which has the other part of t - p.
         const double p = __builtin_exp(row.target_logp), away = -__builtin_expm1(row.target_logp);
         const double own = gift ? row.gift.target - p : away;

@@ -21,6 +21,7 @@ struct Grid {
 };
 
 enum Kind : uint8_t { kDead = 0, kRollout = 1, kDemonstration = 2 };
+constexpr int64_t kElsewhere = -(int64_t(1) << 31);  // a target in another shard of the vocabulary
 
 // One call over N rows of V columns; T is what sums are made in. What does not apply is null.
 template <class T>

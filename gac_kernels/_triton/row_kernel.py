@@ -15,6 +15,7 @@ STATISTICS = tl.constexpr(0)
 GRADIENT = tl.constexpr(1)
 FUSED = tl.constexpr(2)
 DEMONSTRATION = tl.constexpr(2)
+ELSEWHERE = tl.constexpr(-(2**31))  # as in schemas.py
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def row_kernel(
     for n in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
         kind = tl.load(rows.kind + n)
         target = tl.load(rows.targets + n).to(tl.int64)
-        lost = (target < 0) | (target >= V)
+        lost = ((target < 0) | (target >= V)) & ((TASK == FUSED) | (target != ELSEWHERE))
         start, out_start = start_of(n, B, a, b), start_of(n, B, out_a, out_b)
         if (kind == 0) | lost:
             nothing = tl.where(kind == 0, 0.0, float("nan"))
@@ -110,17 +111,21 @@ def one_row(
         cool = 1.0 / tl.load(rows.temperature + n).to(tl.float64)
     slope_k = scale * cool
     k = cool if CAPPED else slope_k
-    target_x, target_flat = capped(tl.load(rows.logits + start + target).to(dtype), inner, cap, CAPPED)
+    here = (target >= 0) | (TASK == FUSED)
+    raw = tl.load(rows.logits + start + target, mask=here, other=0.0)
+    target_x, target_flat = capped(raw.to(dtype), inner, cap, CAPPED)
 
     # 2. Statistics, or what they were.
     if TASK == GRADIENT:
         parts: tl.constexpr = 2 if rows.base_logits is None else 4
-        top = tl.load(given.normalizer + n * parts)
-        log_sum = tl.load(given.normalizer + n * parts + 1).to(tl.float64)
+        # The operator's maximum is that of z = k x. The row's is of x; what rounding moves goes into the sum.
+        top_z = tl.load(given.normalizer + n * parts).to(tl.float64)
+        top = (top_z / k).to(dtype)
+        log_sum = tl.load(given.normalizer + n * parts + 1).to(tl.float64) + (top_z - top.to(tl.float64) * k)
         entropy = tl.load(given.entropy + n).to(tl.float64)
     else:
         top, log_sum, entropy, sum_sq = moments(rows.logits, start, V, inner, cap, k, dtype, CAPPED, LANES, WIDTH)
-    logp = ((target_x - top).to(tl.float64) * k - log_sum).to(dtype)
+    logp = tl.where(here, (target_x - top).to(tl.float64) * k - log_sum, 0.0).to(dtype)
     p, expm1 = exp_expm1(logp, 0.0)
 
     # 3. GIFT's target.
@@ -128,7 +133,7 @@ def one_row(
     gift, inverse, base_top, base_log_sum = None, p, top, log_sum
     own = -expm1
     if rows.base_logits is not None:
-        gift = expert
+        gift = expert & here
         base_top, inverse = tl.zeros((), dtype), tl.zeros((), dtype)
         base_log_sum, supervised = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
         if gift:
@@ -162,8 +167,11 @@ def one_row(
         tl.store(out.sum_sq + n, sum_sq)
     if TASK == STATISTICS:
         parts: tl.constexpr = 2 if rows.base_logits is None else 4
-        tl.store(out.normalizer + n * parts, top)
-        tl.store(out.normalizer + n * parts + 1, log_sum)
+        exact = top.to(tl.float64) * k
+        top_z = exact.to(dtype)
+        tl.store(out.normalizer + n * parts, top_z)
+        rest = tl.where(tl.abs(top) < float("inf"), exact - top_z.to(tl.float64), 0.0)
+        tl.store(out.normalizer + n * parts + 1, log_sum + rest)
         if rows.base_logits is not None:
             tl.store(out.normalizer + n * 4 + 2, base_top)
             tl.store(out.normalizer + n * 4 + 3, base_log_sum)
@@ -191,4 +199,4 @@ def one_row(
         if CAPPED:
             dz *= 1.0 - target_flat * target_flat
         tl.debug_barrier()
-        tl.store(out.gradient + out_start + target, dz.to(out.gradient.dtype.element_ty))
+        tl.store(out.gradient + out_start + target, dz.to(out.gradient.dtype.element_ty), mask=here)

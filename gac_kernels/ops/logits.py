@@ -19,8 +19,8 @@ from .once import first_order_only, scaled
 from .rows import as_rows, check_logits, check_targets, check_writable, row_temperature
 from .token import assemble
 
-_OUTPUTS = ("logprobs", "entropy", "sum_sq")
-_PLAIN = LogitTransform()
+OUTPUTS = ("logprobs", "entropy", "sum_sq")
+PLAIN = LogitTransform()
 
 
 class _Plan(NamedTuple):
@@ -113,7 +113,7 @@ def hybrid_loss_from_logits(
     objective: HybridObjective,
     mu: float | Tensor,
     *,
-    transform: LogitTransform | None = _PLAIN,
+    transform: LogitTransform | None = PLAIN,
     inplace: bool = False,
     denominators: Denominators | None = None,
 ) -> HybridLoss:
@@ -149,7 +149,7 @@ def hybrid_loss_from_logits(
     """
     inputs.check_objective(objective, batch)
     check_logits("logits", logits, batch.targets)
-    transform = _checked(transform)
+    transform = checked_transform(transform)
     gift = objective.supervised if isinstance(objective.supervised, GIFT) else None
     base_logits = None
     if gift is not None:
@@ -188,20 +188,26 @@ def hybrid_loss_from_logits(
         has_bonus=objective.entropy_coef != 0,
         inplace=inplace,
     )
-    loss, scalars, signals, logprobs, entropy = _LogitsLoss.apply(rows, _anchor(logits), plan)
+    loss, scalars, signals, logprobs, entropy = _LogitsLoss.apply(rows, anchor_of(logits), plan)
     shape = batch.targets.shape
     return assemble(loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, norm_length)
 
 
-def _checked(transform: LogitTransform | None) -> LogitTransform:
+def checked_transform(transform: LogitTransform | None) -> LogitTransform:
     if transform is not None and not isinstance(transform, LogitTransform):
         raise TypeError(f"transform must be a LogitTransform, got {type(transform).__name__}")
-    return transform or _PLAIN
+    return transform or PLAIN
 
 
-def _anchor(logits: Tensor) -> Tensor:
-    """A 0-d tensor in the logits' graph that does not hold on to their memory."""
-    return logits[..., :0].sum()
+def anchor_of(value: Tensor) -> Tensor:
+    """A 0-d tensor in the graph of ``value`` that does not hold on to its memory."""
+    return value[..., :0].sum()
+
+
+def check_outputs(outputs: tuple[str, ...]) -> None:
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs must be among {', '.join(OUTPUTS)}; got {unknown[0]!r}")
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -238,8 +244,8 @@ def token_logprobs(
     targets: Tensor,
     *,
     mask: Tensor | None = None,
-    transform: LogitTransform | None = _PLAIN,
-    outputs: tuple[str, ...] = _OUTPUTS,
+    transform: LogitTransform | None = PLAIN,
+    outputs: tuple[str, ...] = OUTPUTS,
 ) -> TokenLogprobs:
     """Log-prob of each target, entropy and sum of p squared of each row of logits, differentiable for any loss.
 
@@ -265,10 +271,8 @@ def token_logprobs(
     check_logits("logits", logits, targets)
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(f"mask must have the targets' shape {tuple(targets.shape)}, got {tuple(mask.shape)}")
-    unknown = [name for name in outputs if name not in _OUTPUTS]
-    if unknown:
-        raise ValueError(f"outputs must be among {', '.join(_OUTPUTS)}; got {unknown[0]!r}")
-    transform = _checked(transform)
+    check_outputs(outputs)
+    transform = checked_transform(transform)
     live = targets.ne(IGNORE_INDEX) if mask is None else mask.bool() & targets.ne(IGNORE_INDEX)
     check_targets("targets", targets, live, logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -276,5 +280,5 @@ def token_logprobs(
         as_rows(logits), targets.reshape(-1), live.reshape(-1).to(torch.uint8),
         row_temperature(transform, targets, dtype), encode_rows(transform, None),
     )  # fmt: skip
-    named = dict(zip(_OUTPUTS, (value.view(targets.shape) for value in results), strict=True))
-    return TokenLogprobs(**{name: named[name] if name in outputs else None for name in _OUTPUTS})
+    named = dict(zip(OUTPUTS, (value.view(targets.shape) for value in results), strict=True))
+    return TokenLogprobs(**{name: named[name] if name in outputs else None for name in OUTPUTS})

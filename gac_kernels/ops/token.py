@@ -102,7 +102,7 @@ def hybrid_loss(
 
 def assemble(
     loss: Tensor, scalars: Tensor, rows: Tensor, logprobs: Tensor, token_entropy: Tensor | None,
-    objective: HybridObjective, has_sum_sq: bool, norm_length: float | None,
+    objective: HybridObjective, has_sum_sq: bool, norm_length: float | None, hidden_means: Tensor | None = None,
 ) -> HybridLoss:  # fmt: skip
     """The public result from the operator's."""
     return HybridLoss(
@@ -115,6 +115,7 @@ def assemble(
             policy_aggregation=objective.aggregation,
             supervised_aggregation=objective.supervised_aggregation,
             norm_length=norm_length,
+            hidden=hidden_means,
         ),
         scalars=scalars,
         applicable=_metric_names(objective),

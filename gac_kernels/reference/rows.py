@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objectives import HybridObjective
 from .terms import Segments, Tokens, kl_terms, policy_terms, supervised_slope
 
-ROLLOUT, DEMONSTRATION = 1, 2
+ROLLOUT, DEMONSTRATION, ELSEWHERE = 1, 2, -(2**31)  # as in schemas.py
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Rows:
     chosen_N1: Tensor  # a target that can be gathered
     live_N: Tensor
     lost_N: Tensor  # live with a target outside [0, V)
+    elsewhere_N: Tensor  # live with a target in another shard of the vocabulary
     gift_N: Tensor | None
     log_q_NV: Tensor | None  # GIFT's target distribution
     base_N2: Tensor | None  # max and log sum exp of the base rows
@@ -38,8 +39,9 @@ class Rows:
     ) -> Rows:  # fmt: skip
         dtype, V = torch.promote_types(logits.dtype, torch.float32), logits.shape[-1]
         live_N = kind != 0
-        lost_N = live_N & ((targets < 0) | (targets >= V))
-        chosen_N1 = torch.where(live_N & ~lost_N, targets, 0).long()[:, None]
+        elsewhere_N = live_N & (targets == ELSEWHERE)
+        lost_N = live_N & ~elsewhere_N & ((targets < 0) | (targets >= V))
+        chosen_N1 = torch.where(live_N & ~lost_N & ~elsewhere_N, targets, 0).long()[:, None]
         raw_NV = torch.where(live_N[:, None], logits.reshape(-1, V).to(dtype), 0.0)
         heat = temperature_value if temperature is None else torch.where(live_N, temperature, 1.0)[:, None]
         z_NV, dz_NV = raw_NV * scale, scale / heat
@@ -51,7 +53,7 @@ class Rows:
             gift_N = kind == DEMONSTRATION
             base_NV = torch.where(gift_N[:, None], base_logits.reshape(-1, V).to(dtype), 0.0)
             log_q_NV, base_N2 = _gift_target(base_NV, chosen_N1, beta, smooth)
-        return cls(z_NV / heat, dz_NV, chosen_N1, live_N, lost_N, gift_N, log_q_NV, base_N2)
+        return cls(z_NV / heat, dz_NV, chosen_N1, live_N, lost_N, elsewhere_N, gift_N, log_q_NV, base_N2)
 
     def per_row(self, value_N: Tensor, where_N: Tensor | None = None) -> Tensor:
         return torch.where(self.live_N if where_N is None else where_N, value_N.masked_fill(self.lost_N, math.nan), 0.0)
@@ -87,7 +89,7 @@ def row_statistics(rows: Rows) -> tuple[Tensor, ...]:
         base_N2 = torch.where(rows.gift_N[:, None], rows.base_N2, 0.0)
         normalizer = torch.cat([torch.where(rows.live_N[:, None], normalizer, 0.0), base_N2], -1)
     return (
-        rows.per_row(log_p_NV.gather(-1, rows.chosen_N1)[:, 0]),
+        rows.per_row(log_p_NV.gather(-1, rows.chosen_N1)[:, 0].masked_fill(rows.elsewhere_N, 0.0)),
         rows.per_row(entropy_N),
         rows.per_row(p_NV.square().sum(-1)),
         torch.where(rows.live_N[:, None], normalizer, 0.0),
@@ -102,6 +104,7 @@ def row_gradient(
     log_p_NV = (rows.z_NV - normalizer[:, :1]) - normalizer[:, 1:2]
     p_NV = log_p_NV.exp()
     target_NV = torch.zeros_like(p_NV).scatter_(-1, rows.chosen_N1, 1.0)
+    target_NV = target_NV.masked_fill(rows.elsewhere_N[:, None], 0.0)
     if rows.gift_N is not None and rows.log_q_NV is not None:
         target_NV = torch.where(rows.gift_N[:, None], rows.log_q_NV.exp(), target_NV)
     dz_NV = slope[:, None] * (target_NV - p_NV)

@@ -1,0 +1,446 @@
+"""From hidden states on: the head's product, the loss and all gradients, with logits of one chunk of tokens at a time.
+
+Shapes: N tokens of hidden width H, V columns of the head; the operators take hidden states as (A, B, H) with N = A B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import eager, library, linear
+from ..objectives import DFPO, GIFT, GSPO, HybridObjective, LogitTransform
+from ..schemas import encode_rows, encode_term, encode_weights
+from ..shards import VocabularyShard
+from ..types import IGNORE_INDEX, Denominators, HybridLoss, TokenBatch, TokenLogprobs
+from . import inputs
+from .logits import OUTPUTS, PLAIN, anchor_of, check_outputs, checked_transform
+from .once import first_order_only
+from .rows import as_rows, check_targets, row_temperature
+from .token import assemble
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The head as one call uses it."""
+
+    hidden: Tensor  # (..., H), in the dtype of the products
+    weight: Tensor  # (V, H), without padded columns
+    bias: Tensor | None
+    columns: int  # of the whole vocabulary
+    shard: VocabularyShard | None
+
+
+class _Plan(NamedTuple):
+    """Everything about a call but the head."""
+
+    rows: tuple[Tensor | None, ...]  # targets, temperature
+    base: tuple[Tensor | None, ...]  # GIFT's: logits, or hidden, weight and bias
+    static: tuple[float, ...]
+    batch: tuple[Any, ...]  # inputs.batch_args
+    groups: Tensor | None
+    mu: Tensor
+    counts: tuple[Tensor | None, Tensor | None]
+    term: tuple[Any, ...]
+    weights: tuple[int, int, float]
+    custom: tuple[TokenBatch, HybridObjective] | None
+    two_looks: bool
+    has_bonus: bool
+    chunk: int
+    shard: VocabularyShard | None
+
+
+def _run(name: str, shard: VocabularyShard | None, *args: Any) -> tuple[Tensor, ...]:
+    """The operator; with a shard the function behind it, for a process group is no operator's argument."""
+    if shard is None:
+        return linear.LINEAR[name](*args)  # type: ignore[no-any-return]
+    return getattr(linear, name)(*args, shard=shard)  # type: ignore[no-any-return]
+
+
+def _token_loss(plan: _Plan, logprobs: Tensor, entropy: Tensor, sum_sq: Tensor, supervised: Tensor) -> Any:
+    gift = supervised if supervised.numel() else None
+    if plan.custom is not None:
+        denominators = Denominators(*plan.counts)
+        batch, objective = plan.custom
+        shape = batch.targets.shape
+        return eager.token_loss_of_batch(
+            logprobs.view(shape), batch, objective, plan.mu, entropy.view(shape), sum_sq.view(shape), gift, denominators
+        )
+    return library.call(
+        "token_loss", logprobs, *plan.batch, entropy, sum_sq, gift, plan.groups, plan.mu, *plan.counts, *plan.term,
+        *plan.weights,
+    )  # fmt: skip
+
+
+class _HiddenLoss(torch.autograd.Function):
+    """The loss from hidden states, all gradients with it. Anchors hang on the graphs without holding on to memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_anchor: Tensor, weight_anchor: Tensor,
+        plan: _Plan,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        wanted = tuple(ctx.needs_input_grad[:3])
+        targets, temperature = plan.rows
+        kind, weight_N, advantages = library.call(
+            "token_weights", *plan.batch[:6], plan.mu, *plan.counts, *plan.weights
+        )
+        leading = (hidden, weight, bias, targets, kind, temperature, *plan.base)
+        gradients: tuple[Tensor, ...] = ()
+        if any(wanted) and not plan.two_looks:
+            tokens = (value if value is None else value.view(-1) for value in plan.batch[6:])
+            logprobs, entropy, sum_sq, supervised, *made = _run(
+                "linear_loss", plan.shard, *leading, weight_N, advantages, *tokens, plan.chunk, *wanted, *plan.static,
+                *plan.term,
+            )  # fmt: skip
+            loss, scalars, signals, *_ = _token_loss(plan, logprobs, entropy, sum_sq, supervised)
+            gradients = tuple(made)
+        else:
+            logprobs, entropy, sum_sq, normalizer, supervised = _run(
+                "linear_statistics", plan.shard, *leading, plan.chunk, *plan.static
+            )
+            loss, scalars, signals, _, slope, bonus = _token_loss(plan, logprobs, entropy, sum_sq, supervised)
+            if any(wanted):
+                gradients = _run(
+                    "linear_gradient", plan.shard, *leading, normalizer, entropy, slope.view(-1),
+                    bonus.view(-1) if plan.has_bonus else None, plan.chunk, *wanted, *plan.static,
+                )  # fmt: skip
+        sums = _sequence_means(plan.batch, gradients[0], weight_N) if wanted[0] else loss.new_empty(0)
+        results = loss, scalars, signals, logprobs, entropy, sums
+        ctx.wanted, ctx.spent = wanted, False
+        ctx.save_for_backward(hidden_anchor, weight_anchor, *gradients)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None, None
+        if ctx.spent:  # before the saved tensors are asked for, whose own complaint would not say what to do
+            raise RuntimeError(
+                "second backward through a loss from hidden states, whose gradients were made by the forward and handed "
+                "on by the first backward: call hybrid_loss_from_hidden again"
+            )
+        ctx.spent = True
+        *anchors, hidden, weight, bias = ctx.saved_tensors
+        results: list[Tensor | None] = []
+        for gradient, want in zip((hidden, weight, bias), ctx.wanted, strict=True):
+            if not want:
+                results.append(None)
+                continue
+            with torch.no_grad():
+                gradient = gradient.detach()
+                library.call("scale_", gradient, grad)
+            results.append(first_order_only(gradient, *anchors, grad))
+        return *results, None, None, None
+
+
+def _sequence_means(batch: tuple[Any, ...], gradient: Tensor, weight_N: Tensor) -> Tensor:
+    """``(S, H)``: the hidden gradient summed over each sequence, and its weight in the loss taken out.
+
+    The weight of a token is the same all over its sequence, so that the sum over it is its mean loss's share. A branch
+    that mu leaves no weight has no gradient to learn from: nan, which the controller counts and leaves out.
+    """
+    mask, cu_seqlens, length, is_expert = batch[:4]
+    S, (N, H) = is_expert.shape[0], (mask.numel(), gradient.shape[-1])
+    rows_NH = gradient.reshape(N, H)
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    if cu_seqlens is None:
+        sums_SH = rows_NH.view(S, length, H).sum(1, dtype=dtype)
+        weight_S = weight_N.view(S, length).sum(1)
+        live_S = mask.view(S, length).any(1)
+    else:
+        lengths_S = cu_seqlens.clamp(0, N).diff().clamp(min=0)
+        padded_S = torch.cat((lengths_S, (N - lengths_S.sum())[None]))  # what lies beyond the last sequence
+        columns = torch.cat((rows_NH.to(dtype), weight_N[:, None].to(dtype), mask.view(-1, 1).to(dtype)), 1)
+        sums = torch.segment_reduce(columns, "sum", lengths=padded_S, axis=0, unsafe=True)[:S]
+        sums_SH, weight_S, live_S = sums[:, :H], sums[:, H], sums[:, H + 1] > 0
+    return torch.where(live_S[:, None], sums_SH / weight_S[:, None], 0.0)
+
+
+def hybrid_loss_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    batch: TokenBatch,
+    objective: HybridObjective,
+    mu: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform | None = PLAIN,
+    chunk_tokens: int | None = None,
+    denominators: Denominators | None = None,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    base_hidden: Tensor | None = None,
+    base_weight: Tensor | None = None,
+    base_bias: Tensor | None = None,
+) -> HybridLoss:
+    """The hybrid loss ``(1 - mu) RL + mu SFT`` from the last hidden states and the head's weight.
+
+    Every weight of the loss is known before the pass, so the forward makes the gradients as well: three matrix products a
+    chunk of tokens, and never more logits than a chunk. Masked tokens take no part in the products. GSPO, DFPO and a gate
+    written in Python need all log-probs of a sequence before the first gradient, and make the logits a second time: four
+    products. Without gradient it is one product.
+
+    Args:
+        hidden: ``(*batch.targets.shape, H)``, float16, bfloat16, float32 or float64; row ``t`` predicts target ``t``.
+            ``hidden[:, :-1]`` is taken as it is.
+        weight: ``(V, H)`` of the head, in the same dtype; may be tied to an embedding, frozen (then no gradient is made
+            for it), or a product such as ``W + B @ A``. Must be the whole tensor: under FSDP or ZeRO-3 call this inside
+            the forward of the module that gathers it.
+        batch: the tokens. GIFT takes ``batch.base_logits``, or ``base_hidden`` and ``base_weight``.
+        objective: what to compute.
+        mu: mixing weight in [0, 1], a number or a 0-d tensor on the device (its value is never read by the host).
+        bias: ``(V,)`` of the head.
+        transform: logit scale, soft cap and temperature, a number or one a sequence.
+        chunk_tokens: tokens a chunk. None: as few chunks as keep its logits under 160 MiB on a CPU, 768 MiB elsewhere.
+        denominators: global counts, for gradient accumulation and data parallelism.
+        tp_group: ranks that hold the vocabulary in parts, in rank order: ``weight`` and ``bias`` are this rank's rows,
+            any number of them, none included; ``hidden`` and ``batch`` are the same everywhere. One collective a chunk
+            and one for the hidden gradient. Not with GIFT.
+        vocab_size: columns of the vocabulary; rows of the weight beyond are padding and take no part.
+        base_hidden, base_weight, base_bias: hidden states ``(*batch.targets.shape, H')`` and head of GIFT's base model.
+
+    Returns:
+        HybridLoss, its signals with the ``hidden`` estimator's sums where ``hidden`` requires gradient. ``loss`` has one
+        backward; a second one, and a second derivative, raise RuntimeError.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Under autocast the products are in its dtype, as a linear layer's. The weight's gradient is summed over chunks in
+    float32 and rounded once. On a CPU without bfloat16 instructions 16-bit products run in float32, which is faster there and
+    leaves logits unrounded. Results repeat bit for bit; another chunk size moves them by the rounding of the products. On
+    a GPU the host waits once, for the number of live tokens, unless a CUDA graph is being captured.
+    """
+    inputs.check_objective(objective, batch)
+    transform = checked_transform(transform)
+    head = _checked_head(hidden, weight, bias, batch.targets, vocab_size, tp_group)
+    gift = objective.supervised if isinstance(objective.supervised, GIFT) else None
+    base = _base_of(gift, batch, head, base_hidden, base_weight, base_bias, vocab_size)
+    check_targets("batch.targets", batch.targets, batch.mask, head.columns)
+    custom = inputs.has_custom_gate(objective)
+    if custom:
+        inputs.check_gate_backend(library.forced_backend())
+    dtype = torch.promote_types(head.hidden.dtype, torch.float32)
+    mu = inputs.scalar("mu", mu, hidden.new_empty((), dtype=dtype), 1.0)
+    norm_length = inputs.norm_length_of(objective, batch)
+    plan = _Plan(
+        rows=(batch.targets.reshape(-1), row_temperature(transform, batch, dtype)),
+        base=base,
+        static=encode_rows(transform, gift),
+        batch=inputs.batch_args(batch, dtype),
+        groups=batch.groups,
+        mu=mu,
+        counts=inputs.counts_of(denominators, mu),
+        term=() if custom else encode_term(objective),
+        weights=encode_weights(objective, norm_length),
+        custom=(batch, objective) if custom else None,
+        two_looks=custom or isinstance(objective.policy, (GSPO, DFPO)),
+        has_bonus=objective.entropy_coef != 0,
+        chunk=_chunk_of(chunk_tokens, batch.targets.numel(), head),
+        shard=head.shard,
+    )
+    loss, scalars, signals, logprobs, entropy, means = _HiddenLoss.apply(
+        as_rows(head.hidden), head.weight, head.bias, anchor_of(head.hidden), anchor_of(head.weight), plan
+    )
+    shape = batch.targets.shape
+    return assemble(
+        loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, norm_length,
+        means if means.numel() else None,
+    )  # fmt: skip
+
+
+def _checked_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, vocab_size: int | None,
+    group: torch.distributed.ProcessGroup | None,
+) -> _Head:  # fmt: skip
+    """All that can be wrong with a head; and the dtype that autocast gives a linear layer."""
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("targets", targets)):
+        if value is None and name == "bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"targets must be an int32 or int64 tensor, got {targets.dtype}")
+    weight = _whole("weight", weight)
+    if hidden.dtype not in _FLOATS:
+        raise TypeError(f"hidden must have dtype float16, bfloat16, float32 or float64, got {hidden.dtype}")
+    if hidden.ndim < 1 or hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"hidden must have shape {(*targets.shape, 'H')} to match targets, got {tuple(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must have shape ('V', {hidden.shape[-1]}), got {tuple(weight.shape)}")
+    if hidden.shape[-1] == 0:
+        raise ValueError("hidden must have at least one column, got none")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},) like weight's rows, got {tuple(bias.shape)}")
+    of_bias = () if bias is None else (("bias", bias),)
+    for name, value in (("weight", weight), *of_bias, ("targets", targets)):
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {value.device}")
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
+        if value.dtype is not hidden.dtype:
+            raise TypeError(f"{name} must have dtype {hidden.dtype} like hidden, got {value.dtype}")
+    shard = None
+    if group is None:
+        columns = weight.shape[0] if vocab_size is None else vocab_size
+        if weight.shape[0] == 0:
+            raise ValueError(
+                "weight must have at least one row, got none: a ZeRO-3 shard is gathered by "
+                "deepspeed.zero.GatheredParameters, and a rank's empty part of the vocabulary goes with tp_group"
+            )
+        if isinstance(columns, bool) or not isinstance(columns, int) or not 0 < columns <= weight.shape[0]:
+            raise ValueError(f"vocab_size must be in [1, {weight.shape[0]}], weight's rows, got {vocab_size!r}")
+        width = columns
+    else:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("tp_group is not supported under torch.compile: call outside the compiled region")
+        shard = VocabularyShard.of(group, weight.shape[0], vocab_size, weight.device)
+        columns, width = shard.total, shard.width
+    if width != weight.shape[0]:
+        weight, bias = weight[:width], None if bias is None else bias[:width]
+    return _Head(hidden, weight, bias, columns, shard)
+
+
+def _whole(name: str, weight: Tensor) -> Tensor:
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(
+            f"{name} must be a whole torch.Tensor, got a DTensor spread by {weight.placements}: under FSDP2 call the loss "
+            "inside the forward of the module that owns the head, which gathers it"
+        )
+    return weight
+
+
+def _base_of(
+    gift: GIFT | None, batch: TokenBatch, head: _Head, hidden: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, vocab_size: int | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """``base_logits, base_hidden, base_weight, base_bias`` as the operators take them."""
+    if gift is None:
+        return None, None, None, None
+    if head.shard is not None:
+        raise ValueError("tp_group is not supported with objective.supervised = GIFT")
+    if (hidden is None) != (weight is None):
+        missing = "base_hidden" if hidden is None else "base_weight"
+        raise ValueError(f"{missing} must be given: base_hidden and base_weight go together")
+    if hidden is None or weight is None:
+        if batch.base_logits is None:
+            raise ValueError(
+                "batch.base_logits, or base_hidden and base_weight, must be given: objective.supervised = GIFT compares "
+                "with the base model"
+            )
+        if batch.base_logits.shape[-1] != head.columns:
+            expected = (*batch.targets.shape, head.columns)
+            raise ValueError(f"batch.base_logits must have shape {expected}, got {tuple(batch.base_logits.shape)}")
+        return as_rows(batch.base_logits), None, None, None
+    hidden, weight = hidden.detach(), weight.detach()
+    bias = None if bias is None else bias.detach()
+    try:
+        base = _checked_head(hidden, weight, bias, batch.targets, vocab_size, None)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"base_{error}") from error
+    if base.columns != head.columns:
+        raise ValueError(f"base_weight must have {head.columns} rows like weight, got {base.columns}")
+    return None, as_rows(base.hidden), base.weight, base.bias
+
+
+def _chunk_of(chunk_tokens: int | None, rows: int, head: _Head) -> int:
+    if chunk_tokens is None:
+        return linear.chunk_rows(rows, head.weight.shape[0], head.hidden.dtype, head.hidden.device)
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens!r}")
+    return chunk_tokens
+
+
+class _HiddenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kind: Tensor,
+        temperature: Tensor | None, chunk: int, static: tuple[float, ...], shard: VocabularyShard | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        none = (None, None, None, None)
+        logprobs, entropy, sum_sq, normalizer, _ = _run(
+            "linear_statistics", shard, hidden, weight, bias, targets, kind, temperature, *none, chunk, *static
+        )
+        ctx.chunk, ctx.static, ctx.shard = chunk, static, shard
+        ctx.save_for_backward(hidden, weight, bias, targets, kind, temperature, normalizer, entropy)
+        ctx.mark_non_differentiable(sum_sq)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy, sum_sq
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor | None, entropy_slope: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, kind, temperature, normalizer, entropy = ctx.saved_tensors
+        rest = (None,) * 6
+        if slope is None and entropy_slope is None:
+            return None, None, None, *rest
+        wanted = tuple(ctx.needs_input_grad[:3])
+        with torch.no_grad():
+            gradients = _run(
+                "linear_gradient", ctx.shard, hidden, weight, bias, targets, kind, temperature, None, None, None, None,
+                normalizer, entropy, torch.zeros_like(entropy) if slope is None else slope.contiguous(),
+                None if entropy_slope is None else entropy_slope.contiguous(), ctx.chunk, *wanted, *ctx.static,
+            )  # fmt: skip
+        anchors = [value for value in (hidden, weight, slope, entropy_slope) if value is not None]
+        results = [
+            first_order_only(gradient, *anchors) if want else None
+            for gradient, want in zip(gradients, wanted, strict=True)
+        ]
+        return *results, *rest
+
+
+def token_logprobs_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    transform: LogitTransform | None = PLAIN,
+    chunk_tokens: int | None = None,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    outputs: tuple[str, ...] = OUTPUTS,
+) -> TokenLogprobs:
+    """Log-prob of each target, entropy and sum of p squared from hidden states, differentiable for any loss.
+
+    Never more logits than a chunk exist. The slopes of a loss that somebody else computes are known in backward only,
+    where the logits are made again: four matrix products in all, against three of :func:`hybrid_loss_from_hidden`.
+
+    Args:
+        hidden: ``(..., H)``; leading dimensions are free.
+        weight, bias, chunk_tokens, tp_group, vocab_size: as in :func:`hybrid_loss_from_hidden`.
+        targets: ``(...)`` int32/int64 ids; ``-100`` masks a place.
+        mask: ``(...)`` bool or 0-1; masked places hold 0, receive no gradient and take no part in the products.
+        transform: logit scale, soft cap and temperature; a temperature a sequence, ``(S,)``, goes with the first
+            dimension of ``targets``.
+        outputs: which of ``"logprobs"``, ``"entropy"``, ``"sum_sq"`` to return; the others are None.
+
+    Returns:
+        TokenLogprobs in float32 (float64 for float64), shaped as ``targets``. ``logprobs`` and ``entropy`` are
+        differentiable once, a second derivative raises RuntimeError.
+    """
+    transform = checked_transform(transform)
+    check_outputs(outputs)
+    head = _checked_head(hidden, weight, bias, targets, vocab_size, tp_group)
+    if mask is not None and mask.shape != targets.shape:
+        raise ValueError(f"mask must have the targets' shape {tuple(targets.shape)}, got {tuple(mask.shape)}")
+    live = targets.ne(IGNORE_INDEX) if mask is None else mask.bool() & targets.ne(IGNORE_INDEX)
+    check_targets("targets", targets, live, head.columns)
+    dtype = torch.promote_types(head.hidden.dtype, torch.float32)
+    results = _HiddenLogprobs.apply(
+        as_rows(head.hidden), head.weight, head.bias, targets.reshape(-1), live.reshape(-1).to(torch.uint8),
+        row_temperature(transform, targets, dtype), _chunk_of(chunk_tokens, targets.numel(), head),
+        encode_rows(transform, None), head.shard,
+    )  # fmt: skip
+    named = dict(zip(OUTPUTS, (value.view(targets.shape) for value in results), strict=True))
+    return TokenLogprobs(**{name: named[name] if name in outputs else None for name in OUTPUTS})
