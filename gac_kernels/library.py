@@ -105,7 +105,7 @@ _overloads = {
 
 
 def define_composite(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make ``function``, which is made of other operators, the operator ``name`` on every device: opaque to a compiler."""
+    """Make ``function``, made of other operators, the operator ``name`` on every device: opaque to a compiler."""
     _lib.define(name + COMPOSITES[name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"gac_kernels::{name}", FAKES[name], lib=_lib)
     _lib.impl(name, function, "CompositeExplicitAutograd")

@@ -48,8 +48,8 @@ def _products_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class _Head:
-    """``x W^T + b``, and back. Where products are in float32 the weight is widened a block of columns at a time: never is
-    there a float32 copy of the head."""
+    """``x W^T + b``, and back. Where products are in float32 the weight is widened a block of columns at a time: there
+    never is a float32 copy of the head."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -92,7 +92,8 @@ class _Gradients:
         weight = head.weight
         self.hidden = hidden.new_empty(hidden.shape) if want_hidden else None
         # One chunk's product is rounded once, whatever dtype it is written in.
-        self.weight = weight.new_empty(weight.shape, dtype=weight.dtype if self.single else acc) if want_weight else None
+        of_weight = weight.dtype if self.single else acc
+        self.weight = weight.new_empty(weight.shape, dtype=of_weight) if want_weight else None
         self.bias = weight.new_zeros(head.columns, dtype=acc) if want_bias else None
         self.begun = False
 

@@ -38,7 +38,7 @@ DFPO_TRANSFORMS, DFPO_RATIOS = ("min_replace", "adv_orthogonal"), ("geometric_me
 # What a token is: the row kernels' mask and branch in one.
 DEAD, ROLLOUT, DEMONSTRATION = range(3)
 
-# The target of a live row whose target is in no column of these logits, but in another shard of the vocabulary: its log-prob
+# The target of a live row whose target is not among these columns but in another shard of the vocabulary: its log-prob
 # reads 0, and its gradient has no column with t = 1. Not for the fused operators, whose slope needs the log-prob.
 ELSEWHERE = -(2**31)
 
@@ -157,9 +157,9 @@ _FUSED = f"""{_ROWS}, Tensor weight, Tensor? advantages, Tensor? old_logprobs, T
     Tensor? rollout_weights, {_STATIC}, {_TERM}"""
 _FUSED_RESULTS = "Tensor logprobs, Tensor entropy, Tensor sum_sq, Tensor supervised"
 
-# Rows of hidden states (A, B, H), any strides of the two leading dimensions, times a head weight (V, H) and bias (V,), all
-# of one dtype; `chunk` rows of logits exist at a time. GIFT's base logits are given, (A, B, V), or made of base_hidden
-# (A, B, H'), base_weight (V, H') and base_bias. Gradients are wanted or (0,).
+# Rows of hidden states (A, B, H), any strides of the two leading dimensions, times a head weight (V, H) and bias (V,),
+# all of one dtype; `chunk` rows of logits exist at a time. GIFT's base logits are given, (A, B, V), or made of
+# base_hidden (A, B, H'), base_weight (V, H') and base_bias. Gradients are wanted or (0,).
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _BASE = "Tensor? base_logits, Tensor? base_hidden, Tensor? base_weight, Tensor? base_bias"
 _LINEAR = "Tensor targets, Tensor kind, Tensor? temperature"

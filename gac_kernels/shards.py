@@ -1,4 +1,4 @@
-"""A head whose vocabulary is spread over ranks: which columns are ours, and a row's statistics from those of its shards.
+"""A head whose vocabulary is spread over ranks: which columns are ours, and whole rows' statistics.
 
 Shapes: R ranks, N rows.
 """
@@ -28,7 +28,9 @@ class VocabularyShard:
     total: int
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, columns: int, vocab_size: int | None, device: torch.device) -> VocabularyShard:
+    def of(
+        cls, group: dist.ProcessGroup, columns: int, vocab_size: int | None, device: torch.device
+    ) -> VocabularyShard:
         """Shards lie in rank order. Every rank must call; how many columns each has is exchanged on the host, and
         compared, so that ranks that disagree raise alike."""
         table = all_gather_ints([columns, -1 if vocab_size is None else vocab_size], group, device)
@@ -55,8 +57,8 @@ class VocabularyShard:
         return zeros, zeros, zeros, torch.stack((zeros - torch.inf, zeros), 1)
 
     def merge(self, targets: Tensor, statistics: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """``logprobs, entropy, sum_sq, normalizer`` of whole rows from those of this shard's columns, in one collective.
-        All ranks get the same bits.
+        """``logprobs, entropy, sum_sq, normalizer`` of whole rows from those of this shard's columns, in one
+        collective. All ranks get the same bits.
 
         With w_r = sum exp z over shard r / sum exp z over all: log p = log p_r + log w_r, the entropy is
         sum_r w_r (H_r - log w_r), and sum p^2 is sum_r w_r^2 (sum p^2)_r.

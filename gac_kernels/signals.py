@@ -55,8 +55,8 @@ class Signals:
         counts nowhere.
     has_sum_sq: whether own_norm and diff_norm were measured (they need sum p^2).
     policy_aggregation, supervised_aggregation, norm_length: how the loss weighs tokens, read by the `logit` estimator.
-    hidden: (S, H) gradient, with respect to a bias on the last hidden state, of each sequence's mean loss in its branch (mu
-        and the aggregation taken out), or None.
+    hidden: (S, H) gradient, with respect to a bias on the last hidden state, of each sequence's mean loss in its branch
+        (mu and the aggregation taken out), or None.
     """
 
     rows: Tensor

@@ -17,7 +17,8 @@ from gac_kernels import linear, reference
 
 pytestmark = pytest.mark.usefixtures("backend")
 OBJECTIVE = gk.HybridObjective(kl_coef=0.1)
-CUSTOM = gk.HybridObjective(gk.SAPO(gk.Gate(lambda r, tau: torch.sigmoid(tau * (r - 1)) * 4 / tau, "mine")))
+GATE = gk.Gate("mine", lambda u, tau: u / (1 + u.abs()), lambda u, tau: (1 + u.abs()).pow(-2))
+CUSTOM = gk.HybridObjective(gk.SAPO(GATE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -120,7 +121,7 @@ def test_weight_gradient_does_not_depend_on_the_number_of_chunks(dtype):
         assert made[0].dtype == acc
         seen[chunks] = made[0]
     largest = seen[16].abs().max()
-    assert float((seen[16] - seen[1024]).abs().max() / largest) < 1e-6
+    assert float((seen[16] - seen[1024]).abs().max() / largest) < 4e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -148,10 +149,17 @@ def test_shapes(lengths, V, H, chunk, packed, seed):
 def test_a_batch_without_tokens_gives_a_connected_zero():
     case = HiddenCase((3, 2), (False, True), dtype=torch.float64)
     case.batch = gk.TokenBatch(**{**vars(case.batch), "mask": torch.zeros_like(case.batch.mask)})
-    for objective in (OBJECTIVE, gk.HybridObjective(gk.GSPO()), gk.HybridObjective(gk.DFPO()), CUSTOM):
+    for objective in (OBJECTIVE, gk.HybridObjective(gk.GSPO()), gk.HybridObjective(gk.DFPO())):
         out, gradients = case.ours(objective, chunk_tokens=2)
         assert float(out.loss.detach()) == 0 and not out.logprobs.any() and not out.signals.hidden.any()
         assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
+
+
+def test_a_gate_in_python():
+    with gk.use_backend("reference"):
+        HiddenCase(dtype=torch.float64).check(CUSTOM, chunk_tokens=4)
+    with gk.use_backend("cpu"), pytest.raises(ValueError, match="custom gate"):
+        HiddenCase().ours(CUSTOM)
 
 
 def test_denominators_upstream_gradient_and_other_uses_of_the_weight():
@@ -321,7 +329,8 @@ def test_bad_arguments(name, value, error, text):
     case = HiddenCase(poison=False)
     arguments = {"hidden": case.hidden, "weight": case.weight, "mu": 0.3, "bias": case.bias} | {name: value}
     hidden, weight, mu = arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("mu")
-    bias = arguments.pop("bias") if name == "bias" else None
+    bias = arguments.pop("bias")
+    bias = bias if name == "bias" else None
     with pytest.raises(error, match=text):
         gk.hybrid_loss_from_hidden(hidden, weight, case.batch, OBJECTIVE, mu, bias=bias, **arguments)
     if name != "mu":
@@ -331,7 +340,7 @@ def test_bad_arguments(name, value, error, text):
 
 def test_bad_targets_and_gift():
     case = HiddenCase(poison=False, holes=False)
-    with pytest.raises(ValueError, match="batch.base_logits, or base_hidden and base_weight, must be given"):
+    with pytest.raises(ValueError, match=r"batch\.base_logits, or base_hidden and base_weight, must be given"):
         case.ours(gk.HybridObjective(supervised=gk.GIFT()))
     with pytest.raises(ValueError, match="base_weight must be given"):
         case.ours(gk.HybridObjective(supervised=gk.GIFT()), base_hidden=case.hidden)

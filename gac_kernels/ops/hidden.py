@@ -124,8 +124,8 @@ class _HiddenLoss(torch.autograd.Function):
             return None, None, None, None, None, None
         if ctx.spent:  # before the saved tensors are asked for, whose own complaint would not say what to do
             raise RuntimeError(
-                "second backward through a loss from hidden states, whose gradients were made by the forward and handed "
-                "on by the first backward: call hybrid_loss_from_hidden again"
+                "second backward through a loss from hidden states, whose gradients the forward made and the first "
+                "backward handed on: call hybrid_loss_from_hidden again"
             )
         ctx.spent = True
         *anchors, hidden, weight, bias = ctx.saved_tensors
@@ -183,9 +183,9 @@ def hybrid_loss_from_hidden(
 ) -> HybridLoss:
     """The hybrid loss ``(1 - mu) RL + mu SFT`` from the last hidden states and the head's weight.
 
-    Every weight of the loss is known before the pass, so the forward makes the gradients as well: three matrix products a
-    chunk of tokens, and never more logits than a chunk. Masked tokens take no part in the products. GSPO, DFPO and a gate
-    written in Python need all log-probs of a sequence before the first gradient, and make the logits a second time: four
+    Every weight of the loss is known before the pass, so the forward makes the gradients as well: three matrix products
+    a chunk of tokens, and never more logits than a chunk. Masked tokens take no part in the products. GSPO, DFPO and a
+    gate written in Python need all log-probs of a sequence before the first gradient, and make the logits twice: four
     products. Without gradient it is one product.
 
     Args:
@@ -208,16 +208,16 @@ def hybrid_loss_from_hidden(
         base_hidden, base_weight, base_bias: hidden states ``(*batch.targets.shape, H')`` and head of GIFT's base model.
 
     Returns:
-        HybridLoss, its signals with the ``hidden`` estimator's sums where ``hidden`` requires gradient. ``loss`` has one
-        backward; a second one, and a second derivative, raise RuntimeError.
+        HybridLoss, its signals with the ``hidden`` estimator's sums where ``hidden`` requires gradient. ``loss`` has
+        one backward; a second one, and a second derivative, raise RuntimeError.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Under autocast the products are in its dtype, as a linear layer's. The weight's gradient is summed over chunks in
-    float32 and rounded once. On a CPU without bfloat16 instructions 16-bit products run in float32, which is faster there and
-    leaves logits unrounded. Results repeat bit for bit; another chunk size moves them by the rounding of the products. On
-    a GPU the host waits once, for the number of live tokens, unless a CUDA graph is being captured.
+    float32 and rounded once. On a CPU without bfloat16 instructions 16-bit products run in float32, which is faster
+    there and leaves logits unrounded. Results repeat bit for bit; another chunk size moves them by the rounding of the
+    products. On a GPU the host waits once, for the number of live tokens, unless a CUDA graph is being captured.
     """
     inputs.check_objective(objective, batch)
     transform = checked_transform(transform)
@@ -314,7 +314,7 @@ def _checked_head(
 def _whole(name: str, weight: Tensor) -> Tensor:
     if hasattr(weight, "full_tensor"):
         raise TypeError(
-            f"{name} must be a whole torch.Tensor, got a DTensor spread by {weight.placements}: under FSDP2 call the loss "
+            f"{name} must be a whole torch.Tensor, got a DTensor spread by {weight.placements}: under FSDP2 call this "
             "inside the forward of the module that owns the head, which gathers it"
         )
     return weight
@@ -335,8 +335,8 @@ def _base_of(
     if hidden is None or weight is None:
         if batch.base_logits is None:
             raise ValueError(
-                "batch.base_logits, or base_hidden and base_weight, must be given: objective.supervised = GIFT compares "
-                "with the base model"
+                "batch.base_logits, or base_hidden and base_weight, must be given: objective.supervised = GIFT "
+                "compares with the base model"
             )
         if batch.base_logits.shape[-1] != head.columns:
             expected = (*batch.targets.shape, head.columns)
