@@ -29,7 +29,7 @@ _BLOCK_ROWS = 4096  # of a head that is widened block by block: a few megabytes,
 
 def chunk_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows a chunk when the caller does not say: as few chunks as keep the logits within CHUNK_BYTES, of one size."""
-    wide = _products_in_float32(device, dtype)
+    wide = products_in_float32(device, dtype)
     bytes_of_row = max(1, columns) * (4 if wide else dtype.itemsize)
     most = max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["other"]) // bytes_of_row // 16 * 16)
     chunks = max(1, -(-rows // most))
@@ -43,7 +43,8 @@ def _multiplies_halves() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _products_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+def products_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are made in float32 here."""
     return device.type == "cpu" and dtype in _HALVES and not (dtype is torch.bfloat16 and _multiplies_halves())
 
 
@@ -54,7 +55,7 @@ class _Head:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
         self.columns, self.width = weight.shape
-        self.wide = _products_in_float32(weight.device, weight.dtype)
+        self.wide = products_in_float32(weight.device, weight.dtype)
         self.dtype = torch.float32 if self.wide else weight.dtype
         self._scratch: Tensor | None = None
         self._buffer: Tensor | None = None

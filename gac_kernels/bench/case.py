@@ -17,7 +17,7 @@ from ..objectives import NLL, SAPO, HybridObjective
 from ..signals import CR2, CS2, DIFF_NORM, DISAGREEMENT, OWN_NORM
 from ..types import HybridLoss, TokenBatch
 from .check import WrongResult, column_bound, compare, elementwise_bound, metric_bound, rounding, scalar_bound
-from .measure import WARMUP_ROUNDS
+from .measure import WARMUP_ROUNDS, Contestant, copy_contestant
 
 MODES = ("forward", "backward", "full")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -49,7 +49,7 @@ class Case(ABC):
 
     Attributes:
         kernel: name in records. unit: what the two numbers of its size count. default_sizes, modes: timed unless told
-            otherwise. warmup_rounds: see ``measure``.
+            otherwise. warmup_rounds, min_rounds: see ``measure``.
         dtype: of the differentiable input. device. seed: of the inputs. ragged: some places are masked.
         batch, mu: the rest of the input.
     """
@@ -59,7 +59,9 @@ class Case(ABC):
     default_sizes: ClassVar[tuple[tuple[int, int], ...]]
     modes: ClassVar[tuple[str, ...]] = MODES
     warmup_rounds: ClassVar[int] = WARMUP_ROUNDS
+    min_rounds: ClassVar[int] = 11
     objective: ClassVar[HybridObjective] = HybridObjective(SAPO(), NLL("phi"))
+    floor_name: ClassVar[str] = "copy"  # of the contestant that does the least that anybody must
     dtype: torch.dtype
     device: str
     seed: int
@@ -104,15 +106,24 @@ class Case(ABC):
     def leaf_bytes(self) -> int:
         return self.size[0] * self.size[1] * self.dtype.itemsize
 
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Further leaves that the loss is differentiated by."""
+        return ()
+
     def release(self) -> None:
         """Give back the memory of inputs and answers, which are made anew when they are asked for."""
-        for name in ("_inputs", "_work", "_answers", "_expected", "mu", "policy_batch"):
+        for name in ("_inputs", "_work", "_answers", "_expected", "_weight", "mu", "policy_batch"):
             vars(self).pop(name, None)
 
     @abstractmethod
     def bytes(self, mode: str) -> int:
         """The least that any implementation moves in a mode: each input that counts read once, each output written
         once. What is one number a sequence is left out."""
+
+    def floor(self, mode: str) -> Contestant:
+        """The least that anybody must do in a mode: a copy of as many bytes."""
+        return copy_contestant(*self.copy_buffers(self.bytes(mode) // 2), self.leaf)
 
     def copy_buffers(self, num_bytes: int) -> tuple[Tensor, Tensor]:
         """From where to where the copy goes that measures the floor; uint8."""
@@ -154,7 +165,11 @@ class Case(ABC):
     @abstractmethod
     def _compare_gradient(self, gradient: Tensor, want: Expected) -> float: ...
 
-    def check(self, outputs: Outputs, gradient: Tensor, *, policy_only: bool = False) -> float:
+    def _compare_others(self, gradients: tuple[Tensor, ...], want: Expected) -> float:
+        """Those of ``parameters``."""
+        return 0.0
+
+    def check(self, outputs: Outputs, gradient: Tensor, *others: Tensor, policy_only: bool = False) -> float:
         """Compare with float64; returns the largest error in units of its bound (see ``check``), else WrongResult."""
         expected = self._expected["policy" if policy_only else "hybrid"]
         want, dtype, error = expected.result, self.dtype, self.logprob_error
@@ -163,6 +178,7 @@ class Case(ABC):
         worst = [
             compare("loss", outputs.loss, want.loss, scalar_bound(want.loss, dtype, condition)),
             self._compare_gradient(gradient, expected),
+            self._compare_others(others, expected),
         ]
         for name, got, right, own in (
             ("logprobs", outputs.logprobs, want.logprobs, error),

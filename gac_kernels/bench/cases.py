@@ -1,4 +1,4 @@
-"""The benchmark's cases: the token-level loss, and the loss of rows of logits.
+"""The benchmark's cases: the token-level loss, and the loss of rows of logits, given or made of hidden states.
 
 Shapes: S sequences, T tokens a sequence, padded; N = S T rows or places; V logits a row.
 """
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import linear, reference
 from ..types import TokenBatch
 from .case import EXPERT_SHARE, Case, Expected, make_batch
 from .check import WrongResult, compare, elementwise_bound, rounding, summation
+from .measure import Contestant
 
 CHUNK = 2**22  # logits that the float64 check holds at a time
 
@@ -209,4 +210,154 @@ class RowCase(Case):
         return worst
 
 
-CASES: dict[str, type[TokenCase] | type[RowCase]] = {"token": TokenCase, "logits": RowCase}
+@dataclass(frozen=True, eq=False)
+class HiddenCase(RowCase):
+    """The loss of N hidden states of width 896 through a head of V rows, and both gradients.
+
+    Hidden states are normal, weights normal of width 0.06 (logits of width 1.8). The floor is the three matrix products
+    alone, in the dtype's fastest arithmetic (on a CPU without bfloat16 instructions: on float32 copies made outside the
+    time), chunked as ours.
+    """
+
+    width: int = 896
+
+    kernel = "hidden_loss"
+    unit = "tokens x vocabulary"
+    default_sizes = ((512, 151936), (2048, 151936))
+    floor_name = "products"
+    min_rounds = 3
+
+    @cached_property
+    def _inputs(self) -> tuple[Tensor, TokenBatch]:
+        generator, V = torch.Generator().manual_seed(self.seed), self.vocabulary
+        S = 8 if self.num_rows % 8 == 0 else 4
+        S, T = shape = S, self.num_rows // S
+        length_S = torch.randint((T + 1) // 2, T + 1, (S,), generator=generator) if self.ragged else torch.full((S,), T)
+        targets = torch.randint(0, V, shape, generator=generator)
+        hidden = torch.randn((*shape, self.width), generator=generator).to(self.device, self.dtype)
+        chosen = self._weight.detach()[targets.to(self.device)]
+        logits = (hidden.double() * chosen.double()).sum(-1).cpu()
+        logp = logits - math.log(V) - 0.5 * 0.06**2 * self.width
+        old = (logp + 0.2 * torch.randn(shape, generator=generator)).clamp(max=0.0)
+        mask = torch.arange(T) < length_S[:, None]
+        return hidden, make_batch(targets, mask, old.to(self.mu.dtype), generator, self.device)
+
+    @cached_property
+    def _weight(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        weight = 0.06 * torch.randn((self.vocabulary, self.width), generator=generator)
+        return weight.to(self.device, self.dtype).requires_grad_()
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self._weight,)
+
+    def leaf(self) -> Tensor:
+        return self._inputs[0].detach().requires_grad_()
+
+    @property
+    def leaf_bytes(self) -> int:
+        """Of the logits: what a memory figure is held against."""
+        return super().leaf_bytes
+
+    def bytes(self, mode: str) -> int:
+        """The head and the hidden states are read, their gradients are written: what no cache can spare."""
+        return 2 * (self.vocabulary + self.num_rows) * self.width * self.dtype.itemsize
+
+    def floor(self, mode: str) -> Contestant:
+        hidden, weight = self._inputs[0].flatten(0, 1)[self.batch.mask.flatten()], self._weight.detach()
+        if linear.products_in_float32(hidden.device, self.dtype):
+            hidden, weight = hidden.float(), weight.float()
+        chunk = linear.chunk_rows(len(hidden), self.vocabulary, self.dtype, hidden.device)
+
+        def products(_: Any) -> object:
+            logits = hidden.new_empty((chunk, self.vocabulary))
+            to_hidden, to_weight = torch.empty_like(hidden), torch.empty_like(weight)
+            for begin in range(0, len(hidden), chunk):
+                x = hidden[begin : begin + chunk]
+                dz = torch.mm(x, weight.t(), out=logits[: len(x)])
+                torch.mm(dz, weight, out=to_hidden[begin : begin + chunk])
+                torch.mm(dz.t(), x, out=to_weight) if begin == 0 else to_weight.addmm_(dz.t(), x)
+            return to_hidden, to_weight
+
+        return Contestant(self.floor_name, products, self.leaf)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return hidden.double() @ self._wide_weight.t()
+
+    @cached_property
+    def _wide_weight(self) -> Tensor:
+        return self._weight.detach().double()
+
+    @cached_property
+    def _answers(self) -> tuple[list[Tensor], float]:
+        taken, worst, weight = [], 0.0, self._weight.detach()
+        for h, y, live in self._chunks(self._inputs[0], self.batch.targets, self.batch.mask):
+            one = reference.token_logprobs(self._logits(h), y, live)
+            assert one.logprobs is not None and one.entropy is not None and one.sum_sq is not None
+            eager = torch.log_softmax(h @ weight.t(), -1, dtype=self.mu.dtype).gather(-1, y[:, None]).squeeze(-1)
+            worst = max(worst, float((eager - one.logprobs).abs().mul(live).max()))
+            taken.append((one.logprobs, one.entropy, one.sum_sq))
+        return [torch.cat(parts).view(self.batch.targets.shape) for parts in zip(*taken, strict=True)], worst
+
+    def release(self) -> None:
+        super().release()
+        vars(self).pop("_wide_weight", None)
+
+    def _compare_gradient(self, gradient: Tensor, want: Expected) -> float:
+        """``dh = dz W``: off by what ``dz`` may be off, through |W|, and by the sum's own rounding."""
+        worst, W = 0.0, self._wide_weight
+        for got, (right, bound, size) in zip(
+            gradient.flatten(0, 1).split(self._chunk), self._logit_gradients(want), strict=True
+        ):
+            half = torch.finfo(self.dtype).eps if self.dtype.itemsize == 2 else 0.0
+            exact = right @ W
+            allowed = bound @ W.abs() + summation(self.dtype, self.vocabulary) * (size @ W.abs()) + half * exact.abs()
+            worst = max(worst, compare("gradient of hidden", got, exact, allowed + _least(self.dtype)))
+        return worst
+
+    def _compare_others(self, gradients: tuple[Tensor, ...], want: Expected) -> float:
+        """``dW = dz^T h``, of the columns of 64 targets and 64 others."""
+        generator = torch.Generator().manual_seed(self.seed)
+        some = torch.randint(0, self.vocabulary, (64,), generator=generator).to(self.device)
+        columns = torch.cat((self.batch.targets.flatten()[:64].long(), some))
+        exact = allowed = torch.zeros((), dtype=torch.float64, device=self.device)
+        for h, (right, bound, size) in zip(
+            self._inputs[0].flatten(0, 1).split(self._chunk), self._logit_gradients(want), strict=True
+        ):
+            wide = h.double()
+            exact = exact + right[:, columns].t() @ wide
+            slack = bound[:, columns] + summation(self.dtype, self.num_rows) * size[:, columns]
+            allowed = allowed + slack.t() @ wide.abs()
+        half = torch.finfo(self.dtype).eps if self.dtype.itemsize == 2 else 0.0
+        got = gradients[0][columns]
+        return compare("gradient of weight", got, exact, allowed + half * exact.abs() + _least(self.dtype))
+
+    @property
+    def _chunk(self) -> int:
+        return max(1, CHUNK // self.vocabulary)
+
+    def _logit_gradients(self, want: Expected) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of a few rows at a time: ``dz`` in float64, how far it may be off, and its size. In 16 bits it may have been
+        rounded, as eager's is."""
+        half = torch.finfo(self.dtype).eps if self.dtype.itemsize == 2 else 0.0
+        relative = 32 * rounding(self.dtype) + self.logprob_error
+        targets = torch.where(self.batch.mask, self.batch.targets, 0)
+        for h, y, slope, error in self._chunks(self._inputs[0], targets, want.slope, want.slope_error):
+            p, chosen = torch.softmax(self._logits(h), -1), y[:, None]
+            size = p.scatter_add(-1, chosen, torch.ones_like(p[:, :1]))
+            right = slope[:, None] * (-p).scatter_add(-1, chosen, torch.ones_like(p[:, :1]))
+            bound = size * (error + relative * slope.abs())[:, None] + half * right.abs()
+            yield right, bound, slope.abs()[:, None] * size
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The last of the numbers that a gradient may lose."""
+    return torch.finfo(dtype).smallest_normal
+
+
+CASES: dict[str, type[TokenCase] | type[RowCase] | type[HiddenCase]] = {
+    "token": TokenCase,
+    "logits": RowCase,
+    "hidden": HiddenCase,
+}

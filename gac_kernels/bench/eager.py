@@ -38,6 +38,11 @@ def logits_loss(logits: Tensor, targets: Tensor, *rest: Any, everything: bool) -
     return *token_loss(logp, *rest, everything=True, sum_sq=sum_sq), entropy
 
 
+def hidden_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any, everything: bool) -> tuple[Tensor, ...]:
+    """:func:`logits_loss` from hidden states ``(S, T, H)`` and a head ``(V, H)``: all logits at once."""
+    return logits_loss(hidden @ weight.t(), targets, *rest, everything=everything)
+
+
 def plain_logits_loss(logits: Tensor, targets: Tensor, *rest: Any, everything: bool) -> tuple[Tensor, ...]:
     """:func:`logits_loss` as it is mostly written: log-probs, entropy and sum of p squared each from the logits, by the
     functions of the same name, under autograd. Computes everything, asked or not."""

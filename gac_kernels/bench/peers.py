@@ -18,8 +18,8 @@ from torch import Tensor
 from ..objectives import SAPO
 from . import eager
 from .case import Case, Outputs
-from .cases import RowCase, TokenCase
-from .provider import LOSS_ENTROPY, POLICY, POLICY_ENTROPY, Provider, Unavailable, try_compiler
+from .cases import HiddenCase, RowCase, TokenCase
+from .provider import LOSS, LOSS_ENTROPY, POLICY, POLICY_ENTROPY, Provider, Unavailable, try_compiler
 
 
 def _require(distribution: str, module: str) -> tuple[Any, str]:
@@ -177,10 +177,84 @@ def _trl_rows(case: RowCase) -> Provider:
     return Provider("trl", version, forward, LOSS_ENTROPY)
 
 
+# of hidden states ---------------------------------------------------------------------------------------------------
+def _liger_hidden(case: HiddenCase) -> Provider:
+    """Liger's fused linear GRPO loss, compiled and a sequence a chunk, as are its defaults."""
+    module, version = _require("liger-kernel", "liger_kernel.chunked_loss.grpo_loss")
+    batch, mask = case.policy_batch, _policy_mask(case).int()
+    scale = _sequence_share(mask)
+    loss = module.LigerFusedLinearGRPOLoss(beta=0.0, loss_type="sapo", use_ref_model=False)
+
+    def forward(leaf: Tensor) -> Outputs:
+        value, _ = loss(
+            leaf, *case.parameters, batch.targets, mask, batch.advantages, old_per_token_logps=batch.old_logprobs
+        )
+        return Outputs(value * scale)
+
+    try_compiler(lambda: torch.autograd.grad(forward(leaf := case.leaf()).loss, leaf))
+    return Provider("liger", version, forward, POLICY)
+
+
+def _trl_hidden(case: HiddenCase) -> Provider:
+    """TRL's chunked log-probs and entropy as its trainers call them, then the loss by hand."""
+    module, version = _require("trl", "trl.trainer.utils")
+    if not hasattr(module, "_ChunkedLogProbFunction"):
+        raise Unavailable(f"trl {version} has no _ChunkedLogProbFunction")
+    batch = case.batch
+    rest = (batch.mask, batch.is_expert, batch.advantages, batch.old_logprobs, case.mu)
+
+    def forward(leaf: Tensor) -> Outputs:
+        logprobs, entropy, *_ = module._ChunkedLogProbFunction.apply(
+            leaf.flatten(0, 1), *case.parameters, None, batch.targets.flatten(), 1.0,
+            module._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",),
+        )  # fmt: skip
+        logprobs, entropy = (torch.where(batch.mask, v.view_as(batch.mask), 0.0) for v in (logprobs, entropy))
+        (loss,) = eager.token_loss(logprobs, *rest, everything=False)  # type: ignore[arg-type]
+        return Outputs(loss, logprobs.detach(), entropy=entropy.detach())
+
+    return Provider("trl", version, forward, LOSS_ENTROPY)
+
+
+def _verl_hidden(case: HiddenCase) -> Provider:
+    """verl's fused linear log-probs and entropy (its PyTorch backend), then its SAPO loss."""
+    module, version = _require("verl", "verl.utils.experimental.torch_functional")
+    loss, _ = _verl_sapo(case)
+    batch, head = case.policy_batch, module.FusedLinearForPPO()
+
+    def forward(leaf: Tensor) -> Outputs:
+        logprobs, _ = head(leaf, *case.parameters, batch.targets)
+        return Outputs(loss(logprobs.view_as(batch.mask)), torch.where(batch.mask, logprobs.detach(), 0.0))
+
+    return Provider("verl", version, forward, POLICY_ENTROPY)
+
+
+def _cce_hidden(case: HiddenCase) -> Provider:
+    """Apple's cut cross entropy: log-probs whose logits are made again in the backward, then the loss by hand."""
+    module, version = _require("cut-cross-entropy", "cut_cross_entropy")
+    if not _on_gpu(case):
+        raise Unavailable(f"cut-cross-entropy {version}: its kernel is a Triton kernel and takes no CPU tensors")
+    batch = case.batch
+    rest = (batch.mask, batch.is_expert, batch.advantages, batch.old_logprobs, case.mu)
+
+    def forward(leaf: Tensor) -> Outputs:
+        targets = torch.where(batch.mask, batch.targets, -100)
+        logprobs = -module.linear_cross_entropy(leaf, *case.parameters, targets, reduction="none")
+        (loss,) = eager.token_loss(logprobs.view_as(batch.mask), *rest, everything=False)  # type: ignore[arg-type]
+        return Outputs(loss)
+
+    return Provider("cce", version, forward, LOSS)
+
+
 OF_LOGPROBS: dict[str, Callable[[Any], Provider]] = {"liger": _liger, "verl": _verl, "trl": _trl}
 OF_LOGITS: dict[str, Callable[[Any], Provider]] = {
     "liger": _liger_rows,
     "liger-chunked": _liger_chunked,
     "verl": _verl_rows,
     "trl": _trl_rows,
+}
+OF_HIDDEN: dict[str, Callable[[Any], Provider]] = {
+    "liger": _liger_hidden,
+    "trl": _trl_hidden,
+    "verl": _verl_hidden,
+    "cce": _cce_hidden,
 }

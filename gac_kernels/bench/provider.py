@@ -56,11 +56,11 @@ def verify(provider: Provider, case: Case) -> float:
     leaf = provider.prepare(own)
     with provider.context():
         outputs = provider.forward(leaf)
-        (gradient,) = torch.autograd.grad(outputs.loss, leaf)
+        gradient, *others = torch.autograd.grad(outputs.loss, (leaf, *case.parameters))
     if leaf is not own:  # with rows of its own beyond the case's
         gradient = gradient[tuple(map(slice, own.shape))]
     try:
-        return case.check(outputs, gradient, policy_only=provider.outputs.startswith(POLICY))
+        return case.check(outputs, gradient, *others, policy_only=provider.outputs.startswith(POLICY))
     except WrongResult as error:
         raise WrongResult(f"{provider.name}: {error}") from None
 

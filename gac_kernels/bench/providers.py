@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import library
-from ..ops import hybrid_loss, hybrid_loss_from_logits
+from ..ops import hybrid_loss, hybrid_loss_from_hidden, hybrid_loss_from_logits
 from . import eager, peers
 from .case import METRICS, Case, Outputs
-from .cases import RowCase, TokenCase
+from .cases import HiddenCase, RowCase, TokenCase
 from .provider import ALL, LOSS, Provider, Unavailable, try_compiler
 
 OURS = "gac"
@@ -38,25 +38,33 @@ def _ours(backend: str, inplace: bool | None, case: Case) -> Provider:
             pass
     except RuntimeError as error:
         raise Unavailable(str(error)) from error
-    loss = hybrid_loss if inplace is None else partial(hybrid_loss_from_logits, inplace=inplace)
+    loss: Callable[..., Any] = hybrid_loss
+    if isinstance(case, HiddenCase):
+        loss = hybrid_loss_from_hidden
+    elif inplace is not None:
+        loss = partial(hybrid_loss_from_logits, inplace=inplace)
 
     def forward(leaf: Tensor) -> Outputs:
-        out = loss(leaf, case.batch, case.objective, case.mu)
+        out = loss(leaf, *case.parameters, case.batch, case.objective, case.mu)
         return Outputs(out.loss, out.logprobs, out.signals.rows, out.metrics, out.token_entropy)
 
     name = f"{OURS}-{backend}" + (NEW if inplace is False else "")
     return Provider(name, __version__, forward, context=partial(library.use_backend, backend))
 
 
-_BY_HAND: dict[str, Callable[..., Any]] = {TokenCase.kernel: eager.token_loss, RowCase.kernel: eager.logits_loss}
+_BY_HAND: dict[str, Callable[..., Any]] = {
+    TokenCase.kernel: eager.token_loss,
+    RowCase.kernel: eager.logits_loss,
+    HiddenCase.kernel: eager.hidden_loss,
+}
 
 
 def _by_hand(everything: bool, compiled: bool, case: Case, *, plain: bool = False) -> Provider:
     """The baseline of ``eager``, or torch.compile of it; ``plain`` (of logits): as it is mostly written."""
     batch, function = case.batch, eager.plain_logits_loss if plain else _BY_HAND[case.kernel]
     rest: tuple[Tensor | None, ...] = (batch.mask, batch.is_expert, batch.advantages, batch.old_logprobs, case.mu)
-    if case.kernel == RowCase.kernel:
-        rest = (batch.targets, *rest)
+    if case.kernel != TokenCase.kernel:
+        rest = (*case.parameters, batch.targets, *rest)
     call: Callable[..., Any] = partial(function, everything=everything)
     if compiled:
         call = torch.compile(call, fullgraph=True, dynamic=False)
@@ -96,6 +104,11 @@ PROVIDERS: dict[str, dict[str, Callable[[Any], Provider]]] = {
         "eager-plain": partial(_by_hand, True, False, plain=True),
         **_BASELINES,
         **peers.OF_LOGITS,
+    },
+    HiddenCase.kernel: {
+        **{f"{OURS}-{backend}": partial(_ours, backend, None) for backend in library.BACKENDS},
+        **_BASELINES,
+        **peers.OF_HIDDEN,
     },
 }
 """Per kernel: name -> what builds the provider for a case."""

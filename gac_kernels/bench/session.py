@@ -12,11 +12,9 @@ from torch import Tensor
 
 from .case import Case
 from .check import WrongResult
-from .measure import Contestant, Timing, copy_contestant, device_name, measure, peak_bytes
+from .measure import Contestant, Timing, device_name, measure, peak_bytes
 from .provider import Provider, Unavailable, verify
 from .providers import PROVIDERS
-
-COPY = "copy"
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,8 @@ class Record:
     """One figure. The first ten fields are Liger's columns.
 
     metric: ``"speed"`` in milliseconds, or ``"memory"``, the peak beyond what was held before the call, in MiB.
-    bytes: the least that the mode must move. floor_ratio: time over the time of a copy that moves as many bytes,
-    measured in the same rounds; None for memory.
+    bytes: the least that the mode must move. floor_ratio: time over that of the case's floor (a copy of
+    as many bytes; from hidden states the matrix products), measured in the same rounds; None for memory.
     """
 
     kernel: str
@@ -128,13 +126,14 @@ def _time_mode(
     options: dict[str, Any],
 ) -> None:
     contestants = [contestant(provider, case, mode) for provider in providers]
-    copy = copy_contestant(*case.copy_buffers(case.bytes(mode) // 2), case.leaf)
+    least = case.floor(mode)
     timings = measure(
-        [*contestants, copy], device=case.device, seed=case.seed, warmup_rounds=case.warmup_rounds, **options
-    )
-    floor = timings[COPY].p50
-    versions = {provider.name: provider.version for provider in providers} | {COPY: torch.__version__}
-    for one in (*contestants, copy):
+        [*contestants, least], device=case.device, seed=case.seed, warmup_rounds=case.warmup_rounds,
+        min_rounds=case.min_rounds, **options,
+    )  # fmt: skip
+    floor = timings[least.name].p50
+    versions = {provider.name: provider.version for provider in providers} | {least.name: torch.__version__}
+    for one in (*contestants, least):
         timing = timings[one.name]
         session.page_faults[one.name, mode] = timing.page_faults
         session.preempted[one.name, mode] = timing.preempted
@@ -143,7 +142,7 @@ def _time_mode(
         mib = peak_bytes(one, case.device) / 2**20
         base = _record(case, mode, one.name, versions[one.name], Timing((mib * 1e-3,)), floor)
         session.records.append(Record(**{**asdict(base), "metric": "memory", "floor_ratio": None}))
-    session.rounds[mode] = len(timings[COPY].seconds)
+    session.rounds[mode] = len(timings[least.name].seconds)
 
 
 def _record(case: Case, mode: str, name: str, version: str, timing: Timing, floor: float) -> Record:
@@ -178,11 +177,11 @@ def contestant(provider: Provider, case: Case, mode: str) -> Contestant:
         return provider.forward(start).loss, start
 
     def backward(state: tuple[Tensor, Tensor]) -> object:
-        return torch.autograd.grad(*state)
+        return torch.autograd.grad(state[0], (state[1], *case.parameters))
 
     def full(leaf: Tensor) -> object:
         outputs = provider.forward(leaf)
-        return outputs, torch.autograd.grad(outputs.loss, leaf)
+        return outputs, torch.autograd.grad(outputs.loss, (leaf, *case.parameters))
 
     run, prepare = {"forward": (forward, leaf), "backward": (backward, graph), "full": (full, leaf)}[mode]
     return Contestant(provider.name, run, prepare, provider.context)  # type: ignore[arg-type]

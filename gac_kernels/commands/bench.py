@@ -4,11 +4,12 @@ Every contestant is first held against the reference in float64; one that is wro
 Contestants take turns in random order; figures are medians. Beside each stands the floor: the bytes that the work must
 move at the least, at the speed of a plain copy of as many bytes that takes part in the same rounds.
 
-  kernel     token: the loss of ready log-probs, S sequences x T tokens; logits: of N rows x V logits
+  kernel     token: the loss of ready log-probs, S sequences x T tokens; logits: of N rows x V logits; hidden: of N
+             hidden states of width 896 through a head of V rows, with the gradients of both
   provider   gac-BACKEND: this package (logits: in place; gac-BACKEND-new: the gradient a new tensor); eager: PyTorch by
              hand, for speed, all outputs (loss, log-probs, entropy, signals, metrics); eager-plain: the same as it is
              mostly written; eager-loss: the loss alone; compile, compile-loss: torch.compile of eager and eager-loss;
-             liger, verl, trl: their own functions of the same input
+             liger, verl, trl, cce: their own functions of the same input
   mode       forward, backward, or full (both)
   metric     speed in milliseconds; memory: peak beyond what was held before the call, in MiB
 
@@ -32,22 +33,32 @@ if TYPE_CHECKING:
 
 HELP = "time the fused ops against eager PyTorch, torch.compile and peers"
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-KERNELS = ("token", "logits")
+KERNELS = ("token", "logits", "hidden")
+DEFAULT_KERNELS = KERNELS[:2]  # the matrix products of the third take minutes on a CPU
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 BUSY = 0.2  # share of interrupted calls from which a median tells more about the machine than about the call
 CSV_COLUMNS = ("kernel", "provider", "mode", "metric", "x", "p20", "p50", "p80", "device", "version")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: both")
+    parser.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=KERNELS,
+        default=list(DEFAULT_KERNELS),
+        help=f"default: {' '.join(DEFAULT_KERNELS)}",
+    )
     parser.add_argument(
         "--shape",
         nargs="+",
         type=_size,
         metavar="AxB",
-        help="of one --kernel: sequences x tokens (default: 64x2048), or rows x vocabulary (1024x32000 256x151936)",
+        help="of one --kernel: sequences x tokens (default: 64x2048), rows x vocabulary (1024x32000 256x151936), or "
+        "hidden states x vocabulary (512x151936 2048x151936)",
     )
-    parser.add_argument("--ragged", action="store_true", help="logits: with masked rows, lengths from T / 2 to T")
+    parser.add_argument(
+        "--ragged", action="store_true", help="logits and hidden: with masked rows, lengths from T / 2 to T"
+    )
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument(
         "--dtype",
@@ -141,12 +152,12 @@ def _cases(args: argparse.Namespace, device: str) -> list[Case]:
 
     if args.shape is not None and len(args.kernel) > 1:
         raise ValueError(f"--shape: means something else for each of {', '.join(args.kernel)}; give one --kernel")
-    if args.ragged and "logits" not in args.kernel:
-        raise ValueError("--ragged: is for --kernel logits; the lengths of the other differ anyway")
+    if args.ragged and args.kernel == ["token"]:
+        raise ValueError("--ragged: is for --kernel logits or hidden; the lengths of the other differ anyway")
     cases: list[Case] = []
     for kernel in args.kernel:
         kind: Any = CASES[kernel]
-        options = {"ragged": True} if args.ragged and kernel == "logits" else {}
+        options = {"ragged": True} if args.ragged and kernel != "token" else {}
         for size in args.shape or kind.default_sizes:
             cases += [kind(*size, DTYPES[dtype], device, args.seed, **options) for dtype in args.dtype]
     return cases
@@ -191,14 +202,13 @@ def _modes(args: argparse.Namespace) -> list[str] | None:
 
 def _table(console: Console, case: Case, session: Session, mode: str) -> None:
     """One mode of one size, the floor in its title."""
-    floor = session.find("copy", mode)
+    floor = session.find(case.floor_name, mode)
     if floor is None:  # nobody could be timed
         return
-    speed = floor.bytes / floor.p50 / 1e6
-    title = (
-        f"{case.title}, {mode}, {session.rounds[mode]} rounds; "
-        f"floor {floor.p50:.3f} ms: {floor.bytes / 1e6:.2f} MB at the copy's {speed:.1f} GB/s"
-    )
+    why = f"{floor.bytes / 1e6:.2f} MB at the copy's {floor.bytes / floor.p50 / 1e6:.1f} GB/s"
+    if case.floor_name != "copy":
+        why = f"the {case.floor_name} alone"
+    title = f"{case.title}, {mode}, {session.rounds[mode]} rounds; floor {floor.p50:.3f} ms: {why}"
     header = (
         "provider",
         "computes",
