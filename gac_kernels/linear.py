@@ -24,7 +24,7 @@ from .shards import VocabularyShard
 _HALVES = (torch.bfloat16, torch.float16)
 # Bytes of a chunk's logits. On a GPU products of a few thousand rows run at full speed; on a CPU a few hundred do.
 CHUNK_BYTES = {"cpu": 160 << 20, "other": 768 << 20}
-_BLOCK_ROWS = 4096  # of a head that is widened block by block: a few megabytes, which stay in cache
+_BLOCK_ROWS = 1024  # of a head that is widened block by block: a few megabytes, which stay in cache
 
 
 def chunk_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
