@@ -251,7 +251,8 @@ def _fused_shard(
     targets, kind, temperature = rows
     logprobs, entropy, sum_sq, normalizer = _statistics_shard(shard, logits, rows, static[:5])
     objective = decode(*static[5:])
-    slope, entropy_slope = reference.token_slopes(logprobs, kind, *tokens, objective)
+    weight, advantages, old, ref, rollout = tokens
+    slope, entropy_slope = reference.token_slopes(logprobs, kind, weight, advantages, old, ref, rollout, objective)
     bonus = entropy_slope if objective.entropy_coef else None
     if logits.shape[-1]:
         local = shard.local(targets)

@@ -3,7 +3,7 @@
 The model is the built-in tiny Qwen2 or a local Hugging Face directory; the task is built-in addition or a JSONL file
 whose lines hold "prompt", "answer" and, optionally, "demonstration". The output directory receives metrics.jsonl,
 TensorBoard events, checkpoints, report.html and the trained model. A run that was interrupted goes on with --resume and
-the same options, bit for bit.
+the same options, bit for bit. Under torchrun the ranks share every step's prompts and demonstrations.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ SETTINGS: tuple[tuple[str, type, str], ...] = (
     ("checkpoint_every", int, "steps between checkpoints, 0: only at the end"),
     ("dtype", str, "of the weights: float32, bfloat16 or float64"),
     ("device", str, "where everything runs"),
+    ("head", str, "auto: the loss from hidden states where the model's head is understood; logits: from its logits"),
 )
 
 
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kl-coef", type=float, default=0.0, help="weight of the KL penalty; brings --reference")
     parser.add_argument("--entropy-coef", type=float, default=0.0, help="weight of the entropy bonus")
+    parser.add_argument("--fsdp", action="store_true", help="under torchrun: spread the weights over the ranks (FSDP2)")
     settings = parser.add_argument_group("settings of the loop; default: gac_kernels.train.TrainConfig's")
     for name, kind, what in SETTINGS:
         settings.add_argument(f"--{name.replace('_', '-')}", type=kind, help=what)
@@ -89,6 +91,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         controller=args.controller,
         reference=args.reference or args.kl_coef > 0 or args.controller == "kl",
         seed=args.seed,
+        fsdp=args.fsdp,
         **given,
     )
     result = train(config, resume=args.resume)

@@ -58,8 +58,10 @@ class _Plan(NamedTuple):
 def _run(name: str, shard: VocabularyShard | None, *args: Any) -> tuple[Tensor, ...]:
     """The operator; with a shard the function behind it, for a process group is no operator's argument."""
     if shard is None:
-        return linear.LINEAR[name](*args)  # type: ignore[no-any-return]
-    return getattr(linear, name)(*args, shard=shard)  # type: ignore[no-any-return]
+        results: tuple[Tensor, ...] = linear.LINEAR[name](*args)
+    else:
+        results = getattr(linear, name)(*args, shard=shard)
+    return results
 
 
 def _token_loss(plan: _Plan, logprobs: Tensor, entropy: Tensor, sum_sq: Tensor, supervised: Tensor) -> Any:
@@ -314,7 +316,7 @@ def _checked_head(
 def _whole(name: str, weight: Tensor) -> Tensor:
     if hasattr(weight, "full_tensor"):
         raise TypeError(
-            f"{name} must be a whole torch.Tensor, got a DTensor spread by {weight.placements}: under FSDP2 call this "
+            f"{name} must be a whole torch.Tensor, got a sharded DTensor: under FSDP2 call this "
             "inside the forward of the module that owns the head, which gathers it"
         )
     return weight

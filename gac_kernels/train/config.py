@@ -73,6 +73,11 @@ class TrainConfig:
         checkpoint_every, checkpoint_keep: steps between checkpoints (0: only the last) and how many are kept.
         seed: of weights, data order and sampling.
         dtype: of the weights. device: where everything runs.
+        head: ``"auto"`` makes the loss from the last hidden states, without the whole batch's logits, where the model's
+            head is understood, else from its logits; ``"logits"`` always from these.
+        fsdp: spread the weights over ranks with FSDP2; otherwise several ranks train under DDP.
+
+    Counts (prompts, demonstrations) are those of all ranks together.
     """
 
     output: Path
@@ -115,6 +120,8 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
+    head: str = "auto"
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
@@ -153,6 +160,20 @@ class TrainConfig:
             change_cap=min(1.0, paper.change_cap * pace),
             prior=CosinePrior(warmup=warmup, decay=max(1, self.horizon - warmup), peak=0.85, valley=0.15),
         )
+
+    def check_ranks(self, size: int) -> None:
+        """Raise ValueError where the run cannot be shared by ``size`` ranks: each needs rows in every step."""
+        if size == 1:
+            return
+        rows = [("warmup_sft_batch", self.warmup_sft_batch)] if self.warmup_sft_steps else []
+        if self.steps:
+            name = "prompts_per_step" if self.prompts_per_step else "demonstrations_per_step"
+            rows.append((name, getattr(self, name)))
+        for name, count in rows:
+            if count < size:
+                raise ValueError(f"{name} must be >= {size}, the number of ranks, got {count}")
+        if self.advantage_scale == "batch":
+            raise ValueError("advantage_scale='batch' is not supported with several ranks: each sees its own rewards")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json; the objective and controller settings as their ``repr``."""
@@ -195,12 +216,13 @@ class TrainConfig:
         for name, allowed in (
             ("controller", CONTROLLERS),
             ("dtype", DTYPES),
+            ("head", ("auto", "logits")),
             ("advantage_baseline", ("mean", "leave_one_out")),
             ("advantage_scale", ("group", "batch", "none")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name, kind in (("objective", HybridObjective), ("reference", bool)):
+        for name, kind in (("objective", HybridObjective), ("reference", bool), ("fsdp", bool)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
         if not isinstance(self.controller_config, (ControllerConfig, type(None))):

@@ -1,7 +1,7 @@
 """The training loop, one optimizer step at a time.
 
-Simplifications, stated first: one process (ranks exist in the data positions and the denominators only), rollouts by
-``generate`` of the very model that is trained, dropout off, no mixed precision beyond the weights' own dtype.
+Simplifications, stated first: rollouts by ``generate`` of the very model that is trained, dropout off, no mixed
+precision beyond the weights' own dtype, a reference model that is whole on every rank.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..objectives import NLL, HybridObjective
-from ..ops import hybrid_loss_from_logits
 from ..types import Denominators, HybridLoss
 from .collect import Collector
 from .config import TrainConfig
 from .mixing import build_mixing
 from .model import build_model, stop_tokens
-from .rollouts import Codec, RolloutBatch, response_logits, response_logprobs, sampled_transform
+from .policy import Policy, head_of
+from .ranks import Engine, Ranks
+from .rollouts import Codec, RolloutBatch
 from .tasks import build_task
 
 _WARM_START = HybridObjective(supervised=NLL("none"))
@@ -40,19 +40,20 @@ class Trainer:
 
     Args:
         config: the run.
-        rank, world_size: which share of the data positions this process takes.
+        ranks: the processes that share it; None: this one alone. Every rank must call every method.
     """
 
-    def __init__(self, config: TrainConfig, *, rank: int = 0, world_size: int = 1) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}")
-        self.config = config
+    def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
+        config.check_ranks(self.ranks.size)
         task = build_task(config)
         self.model, self.tokenizer = build_model(config, task)
+        self.policy = Policy(self.model, head_of(self.model) if config.head == "auto" else None)
         codec = Codec(self.tokenizer, stop_tokens(self.model, self.tokenizer))
-        self.collector = Collector(config, task, codec, rank=rank, world_size=world_size)
-        self.reference: PreTrainedModel | None = None
-        self.mixing = build_mixing(config)
+        self.collector = Collector(config, task, codec, self.ranks)
+        self.reference: Policy | None = None
+        self.engine = Engine(self.policy, self.ranks, config.fsdp)
+        self.mixing = build_mixing(config, self.ranks)
         self.optimizer = self._new_optimizer()
         self.steps_done = 0
         self._batch: RolloutBatch | None = None
@@ -60,7 +61,7 @@ class Trainer:
         self._batch_metrics: dict[str, float] = {}
         self._rng: dict[str, Tensor] = {}
         with self._own_rng():
-            torch.manual_seed(config.seed * 1_000_003 + rank)
+            torch.manual_seed(config.seed * 1_000_003 + self.ranks.rank)
 
     @property
     def warming_up(self) -> bool:
@@ -101,24 +102,24 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Accuracy of greedy completions on the held-out problems, in [0, 1]."""
-        return self.collector.accuracy(self.model)
+        return self.collector.accuracy(self.policy)
 
     def state_dict(self) -> dict[str, Any]:
         """``{"tensors": the weights, "state": all else}``, both live: copy before stepping on.
 
         ``tensors`` is for safetensors; ``state`` holds plain values and tensors only (``weights_only=True`` reads it).
         """
-        tensors = {f"policy.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {f"policy.{name}": tensor for name, tensor in self.engine.weights().items()}
         if self.reference is not None:
-            tensors |= {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
+            tensors |= {f"reference.{name}": tensor for name, tensor in self.reference.model.state_dict().items()}
+        own = {"rng": self._rng, "batch": None if self._batch is None else self._batch.state_dict()}
         state = {
             "config": self.config.to_dict(),
             "steps_done": self.steps_done,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.engine.optimizer_state(self.optimizer),
             "mixing": self.mixing.state_dict(),
             "collector": self.collector.state_dict(),
-            "rng": self._rng,
-            "batch": None if self._batch is None else self._batch.state_dict(),
+            "ranks": self.ranks.gather(own),
             "batch_uses": self._batch_uses,
             "batch_metrics": self._batch_metrics,
         }
@@ -128,19 +129,23 @@ class Trainer:
         """Continue from ``state_dict()``; raises ValueError naming every setting that differs from that run's."""
         tensors, state = saved["tensors"], saved["state"]
         self.config.check_resumable(state["config"])
-        self.model.load_state_dict(_with_prefix(tensors, "policy."))
-        self.optimizer.load_state_dict(state["optimizer"])
+        if len(state["ranks"]) != self.ranks.size:
+            raise ValueError(
+                f"resume needs as many ranks as the run it continues: {len(state['ranks'])}, got {self.ranks.size}"
+            )
+        own = state["ranks"][self.ranks.rank]
+        self.engine.load_weights(_with_prefix(tensors, "policy."))
+        self.engine.load_optimizer(self.optimizer, state["optimizer"])
         self.mixing.load_state_dict(state["mixing"])
         self.collector.load_state_dict(state["collector"])
-        self._rng = dict(state["rng"])
+        self._rng = dict(own["rng"])
         self.steps_done = state["steps_done"]
-        batch = state["batch"]
+        batch = own["batch"]
         device = torch.device(self.config.device)
         self._batch = None if batch is None else RolloutBatch(**{k: v.to(device) for k, v in batch.items()})
         self._batch_uses, self._batch_metrics = state["batch_uses"], dict(state["batch_metrics"])
         if reference := _with_prefix(tensors, "reference."):
-            self.reference = self._frozen_copy()
-            self.reference.load_state_dict(reference)
+            self.reference = self._frozen_copy(reference)
 
     # one step ---------------------------------------------------------------------------------------------------------
 
@@ -151,10 +156,10 @@ class Trainer:
         if self.steps_done == self.config.warmup_sft_steps:
             self._begin_run_proper()
         if self._batch is None or self._batch_uses == self.config.updates_per_rollout:
-            collected = self.collector.rollouts(self.model, self.mixing)
+            collected = self.collector.rollouts(self.policy, self.mixing)
             batch = collected.batch
             if self.config.updates_per_rollout > 1:  # else the ratio is 1 by definition and needs no second pass
-                batch = replace(batch, old_logprobs=self._logprobs(self.model, batch))
+                batch = replace(batch, old_logprobs=self._logprobs(self.engine.module, batch))
             if self.reference is not None:
                 batch = replace(batch, ref_logprobs=self._logprobs(self.reference, batch))
             self._batch, self._batch_uses, self._batch_metrics = batch, 0, collected.metrics
@@ -165,7 +170,7 @@ class Trainer:
         """A fresh optimizer, as if the warm start had been a run of its own, and the reference model."""
         self.optimizer = self._new_optimizer()
         if self.config.reference:
-            self.reference = self._frozen_copy()
+            self.reference = self._frozen_copy(self.engine.weights())
 
     def _update(
         self, batch: RolloutBatch, objective: HybridObjective, mu: Tensor, scale: Tensor
@@ -178,27 +183,24 @@ class Trainer:
         warming, controller_seconds, parts = self.warming_up, 0.0, []
         # Counts of the whole step: micro-batches then add up to the loss of one batch. A branch without rows divides
         # nothing, so any count that is not 0 does.
-        counts = Denominators(
-            policy=max(1, batch.count(objective.aggregation, expert=False)),
-            supervised=max(1, batch.count(objective.supervised_aggregation, expert=True)),
+        policy, supervised = self.ranks.total(
+            batch.count(objective.aggregation, expert=False), batch.count(objective.supervised_aggregation, expert=True)
         )
+        counts = Denominators(policy=max(1, policy), supervised=max(1, supervised))
         self.optimizer.zero_grad(set_to_none=True)
-        for rows in batch.micro_batches():
-            tokens = rows.token_batch()
-            result = hybrid_loss_from_logits(
-                response_logits(self.model, rows), tokens, objective, mu,
-                transform=sampled_transform(rows, self.config.temperature), inplace=True, denominators=counts,
-            )  # fmt: skip
-            (scale * result.loss).backward()
+        micro_batches = batch.micro_batches(self.config.micro_batches if self.ranks.size > 1 else 0)
+        for done, rows in enumerate(micro_batches, 1):
+            with self.engine.synced(last=done == len(micro_batches)):
+                loss, result = self.engine.module(rows, self.config.temperature, objective, mu, counts)
+                (self.ranks.size * scale * loss).backward()  # gradients are averaged over ranks
+            assert result is not None
             parts.append((result, rows.count("token-mean", expert=False)))
             if not warming:
                 began = time.perf_counter()
-                self.mixing.observe(result, tokens)
+                self.mixing.observe(result, rows.token_batch())
                 controller_seconds += time.perf_counter() - began
-        logged = _summary(parts)
-        logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.clip_norm, error_if_nonfinite=True
-        )
+        logged = _summary(parts, self.ranks)
+        logged["grad_norm"] = self.engine.clip(self.config.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.optimizer.step()
@@ -218,17 +220,24 @@ class Trainer:
         fall = config.lr_final + (1.0 - config.lr_final) * 0.5 * (1.0 + math.cos(math.pi * passed))
         return config.learning_rate * rise * fall
 
-    def _logprobs(self, model: PreTrainedModel, batch: RolloutBatch) -> Tensor:
+    def _logprobs(self, module: torch.nn.Module, batch: RolloutBatch) -> Tensor:
         """``(S, T)`` by the micro-batches of training, so that no rounding differs from theirs."""
+        micro_batches = batch.micro_batches(self.config.micro_batches if self.ranks.size > 1 else 0)
         with torch.no_grad():
-            parts = [response_logprobs(model, rows, self.config.temperature) for rows in batch.micro_batches()]
-        return torch.cat(parts)
+            parts = [module(rows, self.config.temperature)[0] for rows in micro_batches]
+        return torch.cat(parts)[: len(batch.input_ids)]
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         return torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=self.config.weight_decay)
 
-    def _frozen_copy(self) -> PreTrainedModel:
-        return copy.deepcopy(self.model).requires_grad_(False)
+    def _frozen_copy(self, weights: dict[str, Tensor]) -> Policy:
+        """A policy of these weights that nobody trains."""
+        model = copy.deepcopy(self.model) if not self.engine.fsdp else type(self.model)(self.model.config)
+        move: Any = model.to  # transformers wraps it without its types
+        move(device=self.config.device, dtype=getattr(torch, self.config.dtype))
+        model.eval().requires_grad_(False)
+        model.load_state_dict(weights)
+        return Policy(model, self.policy.head)
 
     # randomness -------------------------------------------------------------------------------------------------------
 
@@ -260,18 +269,19 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _summary(parts: list[tuple[HybridLoss, int]]) -> dict[str, Tensor]:
-    """One number for the step from those of its micro-batches, each given with its rollout tokens.
+def _summary(parts: list[tuple[HybridLoss, int]], ranks: Ranks) -> dict[str, Tensor]:
+    """One number for the step from those of its micro-batches, each given with its rollout tokens, of all ranks.
 
     Losses, KL and entropy were divided by the step's counts, so they add up; ratios are means over rollout tokens.
     """
     added = ("loss", "policy_loss", "supervised_loss", "kl", "entropy")
-    logged = {name: torch.stack([getattr(result, name).detach() for result, _ in parts]).sum() for name in added}
-    tokens = sum(count for _, count in parts)
+    sums = [torch.stack([getattr(result, name).detach() for result, _ in parts]).sum() for name in added]
+    logged = dict(zip(added, ranks.sum(torch.stack(sums)).unbind(), strict=True))
+    (tokens,) = ranks.total(sum(count for _, count in parts))
     for name in parts[0][0].metrics:
         values = torch.stack([result.metrics[name] for result, _ in parts])
         if name == "ratio_max":
-            logged[name] = values.max()
+            logged[name] = ranks.max(values.max())
         elif tokens:
-            logged[name] = (values * values.new_tensor([count / tokens for _, count in parts])).sum()
+            logged[name] = ranks.sum((values * values.new_tensor([count / tokens for _, count in parts])).sum())
     return logged

@@ -18,17 +18,21 @@ from torch import Tensor
 from ..controller import GuidedAdaptiveController, KLTarget
 from ..types import HybridLoss, TokenBatch
 from .config import TrainConfig
+from .ranks import Ranks
 
 
 class Mixing:
     """The interface, and its simplest member: a constant mu.
+
+    Every rank must call every method; all then hold the same bits.
 
     Attributes:
         mu: 0-d float32 tensor, the weight of the demonstrations in the next step.
         scale: 0-d float32 tensor that multiplies the whole loss of the next step.
     """
 
-    def __init__(self, mu: float, device: torch.device | str = "cpu") -> None:
+    def __init__(self, mu: float, device: torch.device | str = "cpu", ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
         self.mu = torch.tensor(mu, dtype=torch.float32, device=device)
         self.scale = torch.ones((), dtype=torch.float32, device=device)
 
@@ -136,8 +140,8 @@ class SRFT(Mixing):
     a step by what is known before it; before the first step it counts as 0, which gives ``w`` its largest value.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        super().__init__(0.0, device)
+    def __init__(self, device: torch.device | str = "cpu", ranks: Ranks | None = None) -> None:
+        super().__init__(0.0, device, ranks)
         self._sum, self._count = torch.zeros(2, dtype=torch.float64, device=device)
         self._weigh(torch.zeros((), device=device))
 
@@ -149,7 +153,8 @@ class SRFT(Mixing):
         self._count = self._count + expert.sum()
 
     def step(self, kl: Tensor | None = None) -> None:
-        self._weigh(self._sum / self._count.clamp(min=1.0))
+        total, count = self.ranks.sum(torch.stack((self._sum, self._count))).unbind()
+        self._weigh(total / count.clamp(min=1.0))
         self._sum, self._count = torch.zeros_like(self._sum), torch.zeros_like(self._count)
 
     def _weigh(self, entropy: Tensor) -> None:
@@ -169,17 +174,18 @@ class HPT(Mixing):
     to the rollout batch that it was read from, hence it is set by ``route``, before that batch's first step.
     """
 
-    def __init__(self, gamma: float, device: torch.device | str = "cpu") -> None:
-        super().__init__(0.0, device)
+    def __init__(self, gamma: float, device: torch.device | str = "cpu", ranks: Ranks | None = None) -> None:
+        super().__init__(0.0, device, ranks)
         self.gamma = gamma
 
     def route(self, pass_rates_P: Tensor) -> Tensor | None:
         keep = pass_rates_P > self.gamma
-        self.mu = 1.0 - keep.float().mean().to(self.mu.device)
+        kept, prompts = self.ranks.total(int(keep.sum()), len(keep))
+        self.mu = torch.full_like(self.mu, 1.0 - kept / prompts)
         return keep
 
 
-def build_mixing(config: TrainConfig) -> Mixing:
+def build_mixing(config: TrainConfig, ranks: Ranks | None = None) -> Mixing:
     """The rule named ``config.controller``."""
     if config.controller == "gac":
         return Adaptive(config)
@@ -188,7 +194,7 @@ def build_mixing(config: TrainConfig) -> Mixing:
     if config.controller == "kl":
         return KLDriven(config.device)
     if config.controller == "srft":
-        return SRFT(config.device)
+        return SRFT(config.device, ranks)
     if config.controller == "hpt":
-        return HPT(config.hpt_gamma, config.device)
+        return HPT(config.hpt_gamma, config.device, ranks)
     return Mixing(config.mu, config.device)

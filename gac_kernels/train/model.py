@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
@@ -52,10 +53,12 @@ def tiny_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen2
         return Qwen2ForCausalLM(shape)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Save both so that ``TrainConfig(model=directory)`` goes on from them."""
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, weights: dict[str, Tensor]
+) -> None:
+    """Save the model with these weights, and its tokenizer: ``TrainConfig(model=directory)`` goes on from them."""
     with _no_bars():
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=weights)
         tokenizer.save_pretrained(directory)
 
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..advantages import group_advantages
 from ..objectives import LogitTransform
-from ..ops import token_logprobs
 from ..types import TokenBatch
 from .tasks import Example
+
+if TYPE_CHECKING:
+    from .policy import Policy
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Sampling:
     temperature: float | None
 
 
-def generate(model: PreTrainedModel, codec: Codec, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
+def generate(policy: Policy, codec: Codec, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
     """One completion a prompt, ids up to and including the first stop token (or ``max_new_tokens`` of them).
 
     Samples from the model's own distribution at ``temperature``: top-k, top-p and penalties that a model's
@@ -67,10 +70,11 @@ def generate(model: PreTrainedModel, codec: Codec, prompts: Sequence[list[int]],
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, pad_token_id=codec.pad_id, eos_token_id=codec.stop_ids, **draw
     )
+    model = policy.model
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with torch.no_grad():
-            sequences = model.generate(  # type: ignore[operator]  # PreTrainedModel is not typed as one that generates
+            sequences = policy.generate(
                 input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )
     finally:
@@ -105,13 +109,18 @@ class RolloutBatch:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
 
-    def micro_batches(self) -> list[RolloutBatch]:
-        """The rows of each micro-batch; one that HPT left without rows is not there."""
+    def micro_batches(self, at_least: int = 0) -> list[RolloutBatch]:
+        """The rows of each micro-batch; one that HPT left without rows is not there. Where ranks keep in step every one
+        must go through as many passes: up to ``at_least``, further ones hold a row without a live token."""
         _, counts = torch.unique_consecutive(self.micro, return_counts=True)
         bounds = [0, *counts.cumsum(0).tolist()]
-        return [
-            replace(self, **{k: v[low:high] for k, v in self.state_dict().items()}) for low, high in pairwise(bounds)
-        ]
+        parts = [self._rows(low, high) for low, high in pairwise(bounds)]
+        idle = self._rows(0, 1)
+        idle = replace(idle, response_mask=torch.zeros_like(idle.response_mask))
+        return parts + [idle] * (at_least - len(parts))
+
+    def _rows(self, low: int, high: int) -> RolloutBatch:
+        return replace(self, **{name: value[low:high] for name, value in self.state_dict().items()})
 
     @property
     def targets(self) -> Tensor:
@@ -139,38 +148,12 @@ class RolloutBatch:
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
 
-def response_logits(model: PreTrainedModel, rows: RolloutBatch) -> Tensor:
-    """``(S, T, V)``: the logits that predict the response tokens, and no others. The one forward pass of training: old
-    and reference log-probs come from here too, so that on-policy ratios are exactly 1."""
-    prompt_mask, length = rows.prompt_mask, rows.targets.shape[1]
-    mask = torch.cat([prompt_mask, prompt_mask.new_ones(prompt_mask.shape[0], length)], dim=1).long()
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    first = prompt_mask.shape[1] - 1  # the last prompt token predicts the first of the response
-    return model(
-        input_ids=rows.input_ids,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=False,
-        logits_to_keep=torch.arange(first, first + length, device=mask.device),
-    ).logits
-
-
 def sampled_transform(rows: RolloutBatch, temperature: float) -> LogitTransform:
     """Rollouts are scored at the temperature that sampled them, demonstrations at 1."""
     if temperature == 1.0:
         return LogitTransform()
     heat_S = torch.full(rows.is_expert.shape, temperature, dtype=torch.float64, device=rows.is_expert.device)
     return LogitTransform(heat_S.masked_fill(rows.is_expert, 1.0))
-
-
-def response_logprobs(model: PreTrainedModel, rows: RolloutBatch, temperature: float) -> Tensor:
-    """Log-prob of every response token, ``(S, T)``; 0 outside ``response_mask``."""
-    out = token_logprobs(
-        response_logits(model, rows), rows.targets, mask=rows.response_mask,
-        transform=sampled_transform(rows, temperature), outputs=("logprobs",),
-    )  # fmt: skip
-    assert out.logprobs is not None
-    return out.logprobs
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -11,22 +10,34 @@ from .config import TrainConfig
 from .loop import Trainer
 from .metrics import MetricsWriter
 from .model import save_model
+from .ranks import Ranks
 from .report import write_report
 from .result import TrainResult
 
 
 def run(config: TrainConfig, *, resume: bool, progress: bool) -> TrainResult:
     """See :func:`gac_kernels.train.train`."""
-    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"the training loop runs as one process, got WORLD_SIZE={world}")
-    checkpoint = _open_output(config, resume)
-    sitting = _Sitting(config, checkpoint)
+    ranks = Ranks.from_environment(config.device)
+    try:
+        return _run(config, ranks, resume=resume, progress=progress)
+    finally:
+        ranks.close()
+
+
+def _run(config: TrainConfig, ranks: Ranks, *, resume: bool, progress: bool) -> TrainResult:
+    """Every rank takes the steps; the first one writes."""
+    checkpoint = ranks.alike(lambda: _open_output(config, resume))
+    sitting = _Sitting(config, ranks, checkpoint)
+    if ranks.rank != 0:
+        sitting.run(None)
+        sitting.trainer.engine.weights()  # the first rank gathers them to save
+        return sitting.result()
     _write_json(config, "config.json", config.to_dict())
     resume_step = None if checkpoint is None else checkpoint.step
     with MetricsWriter(config.output, resume_step=resume_step, total_steps=config.total_steps, show=progress) as writer:
         sitting.run(writer)
     trainer = sitting.trainer
-    save_model(trainer.model, trainer.tokenizer, config.output / "model")
+    save_model(trainer.model, trainer.tokenizer, config.output / "model", trainer.engine.weights())
     result = sitting.result()
     _write_json(config, "summary.json", result.to_dict())
     write_report(config.output)
@@ -54,8 +65,8 @@ def _write_json(config: TrainConfig, name: str, value: dict) -> None:
 class _Sitting:
     """A run from where it stands to its end: the trainer, and what outlives a sitting beside the trainer's state."""
 
-    def __init__(self, config: TrainConfig, checkpoint: Checkpoint | None) -> None:
-        self.config, self.trainer = config, Trainer(config)
+    def __init__(self, config: TrainConfig, ranks: Ranks, checkpoint: Checkpoint | None) -> None:
+        self.config, self.trainer = config, Trainer(config, ranks)
         self.before: float | None = None
         self.after: float | None = None
         self.seconds = 0.0
@@ -66,18 +77,20 @@ class _Sitting:
             self.before, self.after, self.seconds = own["before"], own["after"], own["seconds"]
         self._began = time.perf_counter()
 
-    def run(self, writer: MetricsWriter) -> None:
+    def run(self, writer: MetricsWriter | None) -> None:
         config, trainer = self.config, self.trainer
         if config.warmup_sft_steps == 0 and self.before is None:
             self.before = trainer.evaluate()
-            writer.log(0, {"eval/accuracy": self.before})
+            if writer is not None:
+                writer.log(0, {"eval/accuracy": self.before})
         while trainer.steps_done < config.total_steps:
             metrics = trainer.step()
             if self._due(config.eval_every, config.warmup_sft_steps, config.total_steps):
                 self.after = metrics["eval/accuracy"] = trainer.evaluate()
                 if trainer.steps_done == config.warmup_sft_steps:
                     self.before = self.after
-            writer.log(trainer.steps_done, metrics)
+            if writer is not None:
+                writer.log(trainer.steps_done, metrics)
             if self._due(config.checkpoint_every, config.total_steps):
                 self._save()
 
@@ -100,6 +113,8 @@ class _Sitting:
         now = time.perf_counter()
         self.seconds, self._began = self.seconds + now - self._began, now
         saved = self.trainer.state_dict()
+        if self.trainer.ranks.rank != 0:
+            return
         own = {"before": self.before, "after": self.after, "seconds": self.seconds}
         save_checkpoint(
             self.config.output / "checkpoints",

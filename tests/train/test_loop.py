@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM
 import gac_kernels as gk
 from gac_kernels.train import train
 from gac_kernels.train.checkpoint import load_checkpoint
+from gac_kernels.train.collect import Collector
 from gac_kernels.train.config import CONTROLLERS
 from gac_kernels.train.loop import Trainer
 from gac_kernels.train.metrics import read_metrics
+from gac_kernels.train.ranks import Ranks
 
 CLOCK = ("step_seconds", "rollout_seconds", "controller_seconds")
 
@@ -153,7 +155,7 @@ def test_the_reference_is_the_model_after_the_warm_start():
     warm, logged = steps(trainer, 2), []
     after = weights(trainer)
     logged = steps(trainer, 2)
-    assert same(trainer.reference.state_dict(), after)
+    assert same(trainer.reference.model.state_dict(), after)
     assert all(m["mu"] == 1.0 and m["policy_loss"] == 0.0 for m in warm)
     assert logged[0]["kl"] == 0.0 < logged[1]["kl"]
 
@@ -188,14 +190,13 @@ def test_every_rule_runs(controller, policy):
 
 
 def test_ranks_take_disjoint_positions_of_the_same_streams():
-    one = Trainer(small(prompts_per_step=4, demonstrations_per_step=2)).collector
-    two = [
-        Trainer(small(prompts_per_step=2, demonstrations_per_step=1), rank=r, world_size=2).collector for r in (0, 1)
-    ]
+    config = small(prompts_per_step=4, demonstrations_per_step=2)
+    one = Trainer(config).collector
+    three = [Collector(config, one.task, one.codec, Ranks(r, 3)) for r in range(3)]
     for _ in range(3):
         for stream, count in (("prompt", 4), ("demonstration", 2)):
-            assert one._take(stream, count) == [p for c in two for p in c._take(stream, count // 2)]
-    assert one.positions == two[0].positions == two[1].positions
+            assert one._take(stream, count) == [p for c in three for p in c._take(stream, count)]
+    assert one.positions == three[0].positions == three[1].positions == three[2].positions
 
 
 def test_a_demonstration_that_no_completion_could_reach_is_refused():
@@ -270,9 +271,3 @@ def test_a_killed_run_resumes_to_the_same_weights_and_log(tmp_path):
     assert logs[0] == logs[1]
     with pytest.raises(ValueError, match="learning_rate"):
         train(replace(cut, learning_rate=0.5), resume=True, progress=False)
-
-
-def test_several_processes_are_refused_for_now(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE=2"):
-        train(small(tmp_path), progress=False)

@@ -9,15 +9,13 @@ from transformers import GenerationConfig
 
 import gac_kernels as gk
 from gac_kernels.train.model import build_model, stop_tokens, tiny_model
+from gac_kernels.train.policy import Head, Policy, head_of
 from gac_kernels.train.rollouts import (
     Answered,
     Codec,
     Sampling,
     assemble,
     generate,
-    response_logits,
-    response_logprobs,
-    sampled_transform,
 )
 from gac_kernels.train.tasks import Example, build_task
 from gac_kernels.train.tokenizer import character_tokenizer
@@ -30,7 +28,7 @@ def policy():
     with torch.no_grad():  # far from uniform, so that a wrong position or mask shows
         for parameter in model.parameters():
             parameter.mul_(3.0)
-    return model, Codec(tokenizer, stop_tokens(model, tokenizer))
+    return Policy(model, head_of(model)), Codec(tokenizer, stop_tokens(model, tokenizer))
 
 
 PROMPTS = ["11+22=", "9", "5+5=#"]
@@ -79,16 +77,17 @@ def test_micro_batches_hold_whole_groups_and_their_counts_add_up(policy):
     assert batch.count("seq-mean-token-sum", expert=True) == 2
 
 
+@pytest.mark.parametrize("from_logits", [False, True], ids=["hidden", "logits"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_those_of_each_row_alone_at_its_own_temperature(policy, temperature):
-    model, codec = policy
+def test_log_probs_are_those_of_each_row_alone_at_its_own_temperature(policy, temperature, from_logits):
+    policy, codec = policy
     _, _, batch = rows(codec)
-    logits = response_logits(model, batch)
-    out = gk.hybrid_loss_from_logits(
-        logits, batch.token_batch(), gk.HybridObjective(), 0.5, transform=sampled_transform(batch, temperature)
-    )
+    model, policy = policy.model, Policy(policy.model, None if from_logits else policy.head)
+    assert from_logits or policy.head is not None
+    loss, out = policy(batch, temperature, gk.HybridObjective(), 0.5)
+    assert loss is out.loss and loss.requires_grad
     logprobs, entropy = out.logprobs, out.token_entropy
-    assert response_logprobs(model, batch, temperature).equal(logprobs)
+    assert policy(batch, temperature)[0].equal(logprobs)
     width = batch.prompt_mask.shape[1]
     for i in range(len(batch.is_expert)):
         prompt = batch.input_ids[i, :width][batch.prompt_mask[i]]
@@ -103,9 +102,10 @@ def test_log_probs_are_those_of_each_row_alone_at_its_own_temperature(policy, te
 
 
 def test_greedy_completions_are_the_models_argmax_whatever_stands_beside(policy):
-    model, codec = policy
+    policy, codec = policy
+    model = policy.model
     prompts = [codec.prompt(text) for text in PROMPTS]
-    together = generate(model, codec, prompts, Sampling(8, None))
+    together = generate(policy, codec, prompts, Sampling(8, None))
     for prompt, completion in zip(prompts, together, strict=True):
         ids = list(prompt)
         for _ in range(8):
@@ -117,22 +117,23 @@ def test_greedy_completions_are_the_models_argmax_whatever_stands_beside(policy)
 
 
 def test_a_completion_ends_with_its_first_stop_token(policy):
-    model, codec = policy
+    policy, codec = policy
     torch.manual_seed(0)
-    completions = generate(model, codec, [codec.prompt("1+1=")] * 64, Sampling(12, 3.0))
+    completions = generate(policy, codec, [codec.prompt("1+1=")] * 64, Sampling(12, 3.0))
     ended = [c for c in completions if codec.tokenizer.eos_token_id in c]
     assert ended and len(ended) < 64 and {len(c) for c in completions if c not in ended} == {12}
     assert all(c.index(codec.tokenizer.eos_token_id) == len(c) - 1 for c in ended)
 
 
 def test_sampling_ignores_the_habits_in_a_models_generation_config(policy):
-    model, codec = policy
+    policy, codec = policy
+    model = policy.model
     own = GenerationConfig(do_sample=True, top_k=1, temperature=0.01, repetition_penalty=9.0, max_length=9)
     draws = []
     for settings in (model.generation_config, own):
         before, model.generation_config = model.generation_config, settings
         torch.manual_seed(1)
-        draws.append(generate(model, codec, [codec.prompt("1+1=")] * 8, Sampling(12, 1.5)))
+        draws.append(generate(policy, codec, [codec.prompt("1+1=")] * 8, Sampling(12, 1.5)))
         assert model.generation_config is settings
         model.generation_config = before
     assert draws[0] == draws[1] and len(set(map(tuple, draws[0]))) > 1
@@ -144,7 +145,7 @@ def test_sampling_reaches_the_whole_vocabulary():
     tokenizer = character_tokenizer([chr(33 + i) for i in range(90)])
     model = tiny_model(config, tokenizer).eval()
     torch.manual_seed(0)
-    drawn = generate(model, Codec(tokenizer, [1]), [[5]] * 2000, Sampling(1, 1.0))
+    drawn = generate(Policy(model, None), Codec(tokenizer, [1]), [[5]] * 2000, Sampling(1, 1.0))
     assert {ids[0] for ids in drawn} == set(range(len(tokenizer)))
 
 
@@ -153,3 +154,38 @@ def test_every_stop_token_of_a_models_generation_config_counts(policy):
     before, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=[5, 1])
     assert stop_tokens(model, codec.tokenizer) == [1, 5]
     model.generation_config = before
+
+
+def test_further_micro_batches_hold_no_live_token(policy):
+    policy, codec = policy
+    *_, batch = rows(codec)
+    parts = batch.micro_batches(at_least=4)
+    assert len(parts) == 4 and all(not part.response_mask.any() for part in parts[2:])
+    loss, out = policy(parts[3], 1.0, gk.HybridObjective(), 0.5)
+    loss.backward()
+    assert float(loss) == 0 and not out.signals.rows.any()
+    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+    policy.zero_grad()
+
+
+def test_heads_are_understood_or_left_alone():
+    """Scales and soft caps of the config are taken over; what gives other logits is not believed."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    cases = {
+        "Qwen2": ({}, Head(1.0, None)),
+        "Gemma2": ({"final_logit_softcapping": 5.0}, Head(1.0, 5.0)),
+        "Granite": ({"logits_scaling": 8.0}, Head(0.125, None)),
+        "Cohere": ({"logit_scale": 0.25}, Head(0.25, None)),
+    }
+    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
+    for name, (settings, want) in cases.items():
+        model = getattr(t, f"{name}ForCausalLM")(getattr(t, f"{name}Config")(**shape, **settings)).eval()
+        assert head_of(model) == want, name
+        model.config.update({"logit_scale": 3.0})
+        assert head_of(model) is None, name  # the model itself goes on as it was built, and the config is wrong
+    model = t.Qwen2ForCausalLM(t.Qwen2Config(**shape)).eval()
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    assert head_of(model) is None
