@@ -9,9 +9,9 @@ Shapes: N rows in (A, B), R of them live, H hidden width, V columns of the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -210,7 +210,18 @@ def _pick(source: Tensor, which: slice | Tensor) -> Tensor:
     return source[which // width, which % width]
 
 
-@torch.no_grad()
+def _as_written(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Without autograd, and in the dtypes that stand there: autocast would take products of float32 to 16 bits."""
+
+    @wraps(function)
+    def run(hidden: Tensor, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            return function(hidden, *args, **options)
+
+    return run
+
+
+@_as_written
 def linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kind: Tensor, temperature: Tensor | None,
     base_logits: Tensor | None, base_hidden: Tensor | None, base_weight: Tensor | None, base_bias: Tensor | None,
@@ -274,7 +285,7 @@ def _statistics_shard(
     return shard.merge(targets, own)
 
 
-@torch.no_grad()
+@_as_written
 def linear_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kind: Tensor, temperature: Tensor | None,
     base_logits: Tensor | None, base_hidden: Tensor | None, base_weight: Tensor | None, base_bias: Tensor | None,
@@ -299,7 +310,7 @@ def linear_statistics(
     return _joined(collected, live, hidden, (None, None, None, 4 if base else 2, None), bool(base))
 
 
-@torch.no_grad()
+@_as_written
 def linear_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kind: Tensor, temperature: Tensor | None,
     base_logits: Tensor | None, base_hidden: Tensor | None, base_weight: Tensor | None, base_bias: Tensor | None,
