@@ -65,6 +65,8 @@ sanitize initcheck
 LOGITS=(python3 -m gac_kernels bench --kernel logits --device cuda --backend triton --seconds 3 --json)
 step logits-bf16 200 "${LOGITS[@]}" --dtype bf16 --shape 1024x32000 16384x151936 # 4.98 GB of logits, 9.96 GB to move
 step logits-fp32 200 "${LOGITS[@]}" --dtype fp32 --shape 1024x32000 8192x151936
+HIDDEN=(python3 -m gac_kernels bench --kernel hidden --device cuda --backend triton --seconds 3 --json)
+step hidden-bf16 150 "${HIDDEN[@]}" --dtype bf16 --shape 8192x151936
 
 for i in "${!STEPS[@]}"; do
     printf '%s %s %s\n' "${STEPS[i]}" "${STATUS[i]}" "${SECONDS_OF[i]}"

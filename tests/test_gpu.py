@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from logit_support import LogitCase, check_gradient, check_rows, make, run
+from hidden_support import HiddenCase
+from logit_support import LogitCase, check_gradient, check_rows, make, run, worst
 
 import gac_kernels as gk
 from gac_kernels.bench.cases import TokenCase
@@ -93,6 +94,54 @@ def test_rows_against_float64(V, dtype):
         got, gradient = run(gk.hybrid_loss_from_logits, moved, gk.HybridObjective(kl_coef=0.1), 0.3, inplace=inplace)
         check_rows(got.logprobs.cpu(), want.logprobs, torch.promote_types(dtype, torch.float32))
         check_gradient(gradient.cpu(), want_gradient, condition=20.0)
+
+
+@pytest.mark.parametrize("policy", [gk.SAPO(), gk.DFPO()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_hidden_states_against_float64(dtype, policy):
+    """In one chunk and in several, whose 16-bit products are summed in float32."""
+    objective = gk.HybridObjective(policy, kl_coef=0.1)
+    for chunk in (None, 7):
+        case = HiddenCase((40, 9, 30), (False, True, False), H=64, V=3001, dtype=dtype, poison=False)
+        want, want_gradients = case.oracle(objective)
+        moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in vars(case.batch).items()}
+        case.batch, case.hidden = gk.TokenBatch(**moved), case.hidden.cuda()
+        case.weight, case.bias = case.weight.cuda(), case.bias.cuda()
+        got, gradients = case.ours(objective, chunk_tokens=chunk)
+        # A product in 16 bits rounds the logits, up to some 30 here; TF32 is off by default.
+        bound = {torch.float64: 1e-11, torch.float32: 1e-4}.get(dtype, 32 * torch.finfo(dtype).eps)
+        assert worst(got.logprobs.cpu(), want.logprobs) < bound
+        for name, gradient in gradients.items():
+            assert worst(gradient.cpu(), want_gradients[name]) < 8 * bound, name
+
+
+def test_a_cuda_graph_takes_every_row_of_hidden_states():
+    """Nothing waits for the number of live rows while a graph is captured."""
+    case = HiddenCase((4, 3), (False, True), H=64, V=500, poison=False)
+    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in vars(case.batch).items()}
+    case.batch, case.hidden = gk.TokenBatch(**moved), case.hidden.cuda()
+    case.weight, case.bias = case.weight.cuda(), case.bias.cuda()
+    leaves, mu = case.leaves(), torch.tensor(0.3, device="cuda")
+
+    def step():
+        out = gk.hybrid_loss_from_hidden(leaves["hidden"], leaves["weight"], case.batch, gk.HybridObjective(), mu)
+        return out.loss, torch.autograd.grad(out.loss, leaves["weight"])[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradient = step()
+    for value in (0.3, 0.8):
+        mu.fill_(value)
+        graph.replay()
+        want_loss, want_gradient = step()
+        torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(gradient, want_gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_a_cuda_graph_replays_the_loss_and_its_gradient():

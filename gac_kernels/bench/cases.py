@@ -216,7 +216,7 @@ class HiddenCase(RowCase):
 
     Hidden states are normal, weights normal of width 0.06 (logits of width 1.8). The floor is the three matrix products
     alone, in the dtype's fastest arithmetic (on a CPU without bfloat16 instructions: on float32 copies made outside the
-    time), chunked as ours.
+    time), chunked as ours. Memory is held against the size of the logits.
     """
 
     width: int = 896
@@ -254,11 +254,6 @@ class HiddenCase(RowCase):
 
     def leaf(self) -> Tensor:
         return self._inputs[0].detach().requires_grad_()
-
-    @property
-    def leaf_bytes(self) -> int:
-        """Of the logits: what a memory figure is held against."""
-        return super().leaf_bytes
 
     def bytes(self, mode: str) -> int:
         """The head and the hidden states are read, their gradients are written: what no cache can spare."""

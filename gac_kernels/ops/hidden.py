@@ -5,7 +5,6 @@ Shapes: N tokens of hidden width H, V columns of the head; the operators take hi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,23 +16,11 @@ from ..schemas import encode_rows, encode_term, encode_weights
 from ..shards import VocabularyShard
 from ..types import IGNORE_INDEX, Denominators, HybridLoss, TokenBatch, TokenLogprobs
 from . import inputs
+from .head import base_of, check_head, chunk_of
 from .logits import OUTPUTS, PLAIN, anchor_of, check_outputs, checked_transform
 from .once import first_order_only
 from .rows import as_rows, check_targets, row_temperature
 from .token import assemble
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The head as one call uses it."""
-
-    hidden: Tensor  # (..., H), in the dtype of the products
-    weight: Tensor  # (V, H), without padded columns
-    bias: Tensor | None
-    columns: int  # of the whole vocabulary
-    shard: VocabularyShard | None
 
 
 class _Plan(NamedTuple):
@@ -223,9 +210,9 @@ def hybrid_loss_from_hidden(
     """
     inputs.check_objective(objective, batch)
     transform = checked_transform(transform)
-    head = _checked_head(hidden, weight, bias, batch.targets, vocab_size, tp_group)
+    head = check_head(hidden, weight, bias, batch.targets, vocab_size, tp_group)
     gift = objective.supervised if isinstance(objective.supervised, GIFT) else None
-    base = _base_of(gift, batch, head, base_hidden, base_weight, base_bias, vocab_size)
+    base = base_of(gift, batch, head, base_hidden, base_weight, base_bias, vocab_size)
     check_targets("batch.targets", batch.targets, batch.mask, head.columns)
     custom = inputs.has_custom_gate(objective)
     if custom:
@@ -246,7 +233,7 @@ def hybrid_loss_from_hidden(
         custom=(batch, objective) if custom else None,
         two_looks=custom or isinstance(objective.policy, (GSPO, DFPO)),
         has_bonus=objective.entropy_coef != 0,
-        chunk=_chunk_of(chunk_tokens, batch.targets.numel(), head),
+        chunk=chunk_of(chunk_tokens, batch.targets.numel(), head),
         shard=head.shard,
     )
     loss, scalars, signals, logprobs, entropy, means = _HiddenLoss.apply(
@@ -257,110 +244,6 @@ def hybrid_loss_from_hidden(
         loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, norm_length,
         means if means.numel() else None,
     )  # fmt: skip
-
-
-def _checked_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, vocab_size: int | None,
-    group: torch.distributed.ProcessGroup | None,
-) -> _Head:  # fmt: skip
-    """All that can be wrong with a head; and the dtype that autocast gives a linear layer."""
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("targets", targets)):
-        if value is None and name == "bias":
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"targets must be an int32 or int64 tensor, got {targets.dtype}")
-    weight = _whole("weight", weight)
-    if hidden.dtype not in _FLOATS:
-        raise TypeError(f"hidden must have dtype float16, bfloat16, float32 or float64, got {hidden.dtype}")
-    if hidden.ndim < 1 or hidden.shape[:-1] != targets.shape:
-        raise ValueError(f"hidden must have shape {(*targets.shape, 'H')} to match targets, got {tuple(hidden.shape)}")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight must have shape ('V', {hidden.shape[-1]}), got {tuple(weight.shape)}")
-    if hidden.shape[-1] == 0:
-        raise ValueError("hidden must have at least one column, got none")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},) like weight's rows, got {tuple(bias.shape)}")
-    of_bias = () if bias is None else (("bias", bias),)
-    for name, value in (("weight", weight), *of_bias, ("targets", targets)):
-        if value.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {value.device}")
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
-        if value.dtype is not hidden.dtype:
-            raise TypeError(f"{name} must have dtype {hidden.dtype} like hidden, got {value.dtype}")
-    shard = None
-    if group is None:
-        columns = weight.shape[0] if vocab_size is None else vocab_size
-        if weight.shape[0] == 0:
-            raise ValueError(
-                "weight must have at least one row, got none: a ZeRO-3 shard is gathered by "
-                "deepspeed.zero.GatheredParameters, and a rank's empty part of the vocabulary goes with tp_group"
-            )
-        if isinstance(columns, bool) or not isinstance(columns, int) or not 0 < columns <= weight.shape[0]:
-            raise ValueError(f"vocab_size must be in [1, {weight.shape[0]}], weight's rows, got {vocab_size!r}")
-        width = columns
-    else:
-        if torch.compiler.is_compiling():
-            raise RuntimeError("tp_group is not supported under torch.compile: call outside the compiled region")
-        shard = VocabularyShard.of(group, weight.shape[0], vocab_size, weight.device)
-        columns, width = shard.total, shard.width
-    if width != weight.shape[0]:
-        weight, bias = weight[:width], None if bias is None else bias[:width]
-    return _Head(hidden, weight, bias, columns, shard)
-
-
-def _whole(name: str, weight: Tensor) -> Tensor:
-    if hasattr(weight, "full_tensor"):
-        raise TypeError(
-            f"{name} must be a whole torch.Tensor, got a sharded DTensor: under FSDP2 call this "
-            "inside the forward of the module that owns the head, which gathers it"
-        )
-    return weight
-
-
-def _base_of(
-    gift: GIFT | None, batch: TokenBatch, head: _Head, hidden: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, vocab_size: int | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """``base_logits, base_hidden, base_weight, base_bias`` as the operators take them."""
-    if gift is None:
-        return None, None, None, None
-    if head.shard is not None:
-        raise ValueError("tp_group is not supported with objective.supervised = GIFT")
-    if (hidden is None) != (weight is None):
-        missing = "base_hidden" if hidden is None else "base_weight"
-        raise ValueError(f"{missing} must be given: base_hidden and base_weight go together")
-    if hidden is None or weight is None:
-        if batch.base_logits is None:
-            raise ValueError(
-                "batch.base_logits, or base_hidden and base_weight, must be given: objective.supervised = GIFT "
-                "compares with the base model"
-            )
-        if batch.base_logits.shape[-1] != head.columns:
-            expected = (*batch.targets.shape, head.columns)
-            raise ValueError(f"batch.base_logits must have shape {expected}, got {tuple(batch.base_logits.shape)}")
-        return as_rows(batch.base_logits), None, None, None
-    hidden, weight = hidden.detach(), weight.detach()
-    bias = None if bias is None else bias.detach()
-    try:
-        base = _checked_head(hidden, weight, bias, batch.targets, vocab_size, None)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"base_{error}") from error
-    if base.columns != head.columns:
-        raise ValueError(f"base_weight must have {head.columns} rows like weight, got {base.columns}")
-    return None, as_rows(base.hidden), base.weight, base.bias
-
-
-def _chunk_of(chunk_tokens: int | None, rows: int, head: _Head) -> int:
-    if chunk_tokens is None:
-        return linear.chunk_rows(rows, head.weight.shape[0], head.hidden.dtype, head.hidden.device)
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens!r}")
-    return chunk_tokens
 
 
 class _HiddenLogprobs(torch.autograd.Function):
@@ -433,7 +316,7 @@ def token_logprobs_from_hidden(
     """
     transform = checked_transform(transform)
     check_outputs(outputs)
-    head = _checked_head(hidden, weight, bias, targets, vocab_size, tp_group)
+    head = check_head(hidden, weight, bias, targets, vocab_size, tp_group)
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(f"mask must have the targets' shape {tuple(targets.shape)}, got {tuple(mask.shape)}")
     live = targets.ne(IGNORE_INDEX) if mask is None else mask.bool() & targets.ne(IGNORE_INDEX)
@@ -441,7 +324,7 @@ def token_logprobs_from_hidden(
     dtype = torch.promote_types(head.hidden.dtype, torch.float32)
     results = _HiddenLogprobs.apply(
         as_rows(head.hidden), head.weight, head.bias, targets.reshape(-1), live.reshape(-1).to(torch.uint8),
-        row_temperature(transform, targets, dtype), _chunk_of(chunk_tokens, targets.numel(), head),
+        row_temperature(transform, targets, dtype), chunk_of(chunk_tokens, targets.numel(), head),
         encode_rows(transform, None), head.shard,
     )  # fmt: skip
     named = dict(zip(OUTPUTS, (value.view(targets.shape) for value in results), strict=True))

@@ -150,7 +150,8 @@ def test_sampling_reaches_the_whole_vocabulary():
 
 
 def test_every_stop_token_of_a_models_generation_config_counts(policy):
-    model, codec = policy
+    policy, codec = policy
+    model = policy.model
     before, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=[5, 1])
     assert stop_tokens(model, codec.tokenizer) == [1, 5]
     model.generation_config = before

@@ -1,0 +1,131 @@
+"""A head and its hidden states as the losses from hidden states take them, and all that is checked of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import linear
+from ..objectives import GIFT
+from ..shards import VocabularyShard
+from ..types import TokenBatch
+from .rows import as_rows
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head as one call uses it."""
+
+    hidden: Tensor  # (..., H), in the dtype of the products
+    weight: Tensor  # (V, H), without padded columns
+    bias: Tensor | None
+    columns: int  # of the whole vocabulary
+    shard: VocabularyShard | None
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, vocab_size: int | None,
+    group: torch.distributed.ProcessGroup | None,
+) -> Head:  # fmt: skip
+    """All that can be wrong with a head; and the dtype that autocast gives a linear layer."""
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("targets", targets)):
+        if value is None and name == "bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"targets must be an int32 or int64 tensor, got {targets.dtype}")
+    weight = _whole("weight", weight)
+    if hidden.dtype not in _FLOATS:
+        raise TypeError(f"hidden must have dtype float16, bfloat16, float32 or float64, got {hidden.dtype}")
+    if hidden.ndim < 1 or hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"hidden must have shape {(*targets.shape, 'H')} to match targets, got {tuple(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must have shape ('V', {hidden.shape[-1]}), got {tuple(weight.shape)}")
+    if hidden.shape[-1] == 0:
+        raise ValueError("hidden must have at least one column, got none")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},) like weight's rows, got {tuple(bias.shape)}")
+    of_bias = () if bias is None else (("bias", bias),)
+    for name, value in (("weight", weight), *of_bias, ("targets", targets)):
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {value.device}")
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
+        if value.dtype is not hidden.dtype:
+            raise TypeError(f"{name} must have dtype {hidden.dtype} like hidden, got {value.dtype}")
+    shard = None
+    if group is None:
+        columns = weight.shape[0] if vocab_size is None else vocab_size
+        if weight.shape[0] == 0:
+            raise ValueError(
+                "weight must have at least one row, got none: a ZeRO-3 shard is gathered by "
+                "deepspeed.zero.GatheredParameters, and a rank's empty part of the vocabulary goes with tp_group"
+            )
+        if isinstance(columns, bool) or not isinstance(columns, int) or not 0 < columns <= weight.shape[0]:
+            raise ValueError(f"vocab_size must be in [1, {weight.shape[0]}], weight's rows, got {vocab_size!r}")
+        width = columns
+    else:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("tp_group is not supported under torch.compile: call outside the compiled region")
+        shard = VocabularyShard.of(group, weight.shape[0], vocab_size, weight.device)
+        columns, width = shard.total, shard.width
+    if width != weight.shape[0]:
+        weight, bias = weight[:width], None if bias is None else bias[:width]
+    return Head(hidden, weight, bias, columns, shard)
+
+
+def _whole(name: str, weight: Tensor) -> Tensor:
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(
+            f"{name} must be a whole torch.Tensor, got a sharded DTensor: under FSDP2 call this "
+            "inside the forward of the module that owns the head, which gathers it"
+        )
+    return weight
+
+
+def base_of(
+    gift: GIFT | None, batch: TokenBatch, head: Head, hidden: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, vocab_size: int | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """``base_logits, base_hidden, base_weight, base_bias`` as the operators take them."""
+    if gift is None:
+        return None, None, None, None
+    if head.shard is not None:
+        raise ValueError("tp_group is not supported with objective.supervised = GIFT")
+    if (hidden is None) != (weight is None):
+        missing = "base_hidden" if hidden is None else "base_weight"
+        raise ValueError(f"{missing} must be given: base_hidden and base_weight go together")
+    if hidden is None or weight is None:
+        if batch.base_logits is None:
+            raise ValueError(
+                "batch.base_logits, or base_hidden and base_weight, must be given: objective.supervised = GIFT "
+                "compares with the base model"
+            )
+        if batch.base_logits.shape[-1] != head.columns:
+            expected = (*batch.targets.shape, head.columns)
+            raise ValueError(f"batch.base_logits must have shape {expected}, got {tuple(batch.base_logits.shape)}")
+        return as_rows(batch.base_logits), None, None, None
+    hidden, weight = hidden.detach(), weight.detach()
+    bias = None if bias is None else bias.detach()
+    try:
+        base = check_head(hidden, weight, bias, batch.targets, vocab_size, None)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"base_{error}") from error
+    if base.columns != head.columns:
+        raise ValueError(f"base_weight must have {head.columns} rows like weight, got {base.columns}")
+    return None, as_rows(base.hidden), base.weight, base.bias
+
+
+def chunk_of(chunk_tokens: int | None, rows: int, head: Head) -> int:
+    if chunk_tokens is None:
+        return linear.chunk_rows(rows, head.weight.shape[0], head.hidden.dtype, head.hidden.device)
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens!r}")
+    return chunk_tokens
