@@ -13,7 +13,7 @@ from logit_support import DTYPES, TRANSFORMS
 from support import POLICIES, policy_name
 
 import gac_kernels as gk
-from gac_kernels import linear, reference
+from gac_kernels import products, reference
 
 pytestmark = pytest.mark.usefixtures("backend")
 OBJECTIVE = gk.HybridObjective(kl_coef=0.1)
@@ -42,7 +42,7 @@ def test_dtypes_and_transforms(dtype, transform):
 @pytest.mark.parametrize("native", [False, True], ids=["float32 products", "native products"])
 def test_products_of_sixteen_bits(native, monkeypatch):
     """With native products logits and their gradient are rounded to 16 bits, as those of every eager head."""
-    monkeypatch.setattr(linear, "_multiplies_halves", lambda: native)
+    monkeypatch.setattr(products, "_multiplies_halves", lambda: native)
     case = HiddenCase(dtype=torch.bfloat16, poison=False)
     want, want_gradients = case.oracle(OBJECTIVE)
     eager, eager_gradients = case.oracle(OBJECTIVE, dtype=torch.bfloat16)
@@ -87,16 +87,16 @@ def test_frozen_parts(policy, wanted, monkeypatch):
     """What is frozen gets no gradient, and no product is made for it."""
     case, objective = HiddenCase(dtype=torch.float64), gk.HybridObjective(policy)
     weights = []
-    add = linear._Gradients._add_weight
-    monkeypatch.setattr(linear._Gradients, "_add_weight", lambda self, *args: (weights.append(1), add(self, *args)))
+    add = products.Gradients._add_weight
+    monkeypatch.setattr(products.Gradients, "_add_weight", lambda self, *args: (weights.append(1), add(self, *args)))
     case.check(objective, wanted=wanted, chunk_tokens=6)
     assert bool(weights) == ("weight" in wanted)
 
 
 def test_masked_rows_never_enter_the_products(monkeypatch):
     case, rows = HiddenCase(packed=True), []
-    logits = linear._Head.logits
-    monkeypatch.setattr(linear._Head, "logits", lambda self, x: (rows.append(len(x)), logits(self, x))[1])
+    logits = products.Head.logits
+    monkeypatch.setattr(products.Head, "logits", lambda self, x: (rows.append(len(x)), logits(self, x))[1])
     case.ours(OBJECTIVE, chunk_tokens=4)
     assert sum(rows) == int(case.batch.mask.sum()) and max(rows) <= 4
 
@@ -109,14 +109,14 @@ def test_weight_gradient_does_not_depend_on_the_number_of_chunks(dtype):
     seen = {}
     for chunks in (16, 1024):
         made = []
-        results = linear._Gradients.results
+        results = products.Gradients.results
 
         def record(self, hidden, made=made, results=results):
             made.append(self.weight.clone())
             return results(self, hidden)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(linear._Gradients, "results", record)
+            patch.setattr(products.Gradients, "results", record)
             case.ours(OBJECTIVE, chunk_tokens=1024 // chunks)
         assert made[0].dtype == acc
         seen[chunks] = made[0]
@@ -356,6 +356,6 @@ def test_bad_targets_and_gift():
 def test_chunks_fit_their_budget():
     for rows, V, dtype in ((1, 1, torch.float32), (512, 151936, torch.float32), (2048, 151936, torch.bfloat16),
                            (5000, 16, torch.float32), (100, 10**8, torch.float32), (0, 7, torch.float32)):  # fmt: skip
-        chunk = linear.chunk_rows(rows, V, dtype, torch.device("cpu"))
+        chunk = products.chunk_rows(rows, V, dtype, torch.device("cpu"))
         assert 1 <= chunk <= max(1, rows)
-        assert chunk * V * 4 <= linear.CHUNK_BYTES["cpu"] or chunk <= 16
+        assert chunk * V * 4 <= products.CHUNK_BYTES["cpu"] or chunk <= 16

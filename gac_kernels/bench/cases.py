@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import linear, reference
+from .. import products, reference
 from ..types import TokenBatch
 from .case import EXPERT_SHARE, Case, Expected, make_batch
 from .check import WrongResult, compare, elementwise_bound, rounding, summation
@@ -261,11 +261,11 @@ class HiddenCase(RowCase):
 
     def floor(self, mode: str) -> Contestant:
         hidden, weight = self._inputs[0].flatten(0, 1)[self.batch.mask.flatten()], self._weight.detach()
-        if linear.products_in_float32(hidden.device, self.dtype):
+        if products.products_in_float32(hidden.device, self.dtype):
             hidden, weight = hidden.float(), weight.float()
-        chunk = linear.chunk_rows(len(hidden), self.vocabulary, self.dtype, hidden.device)
+        chunk = products.chunk_rows(len(hidden), self.vocabulary, self.dtype, hidden.device)
 
-        def products(_: Any) -> object:
+        def multiply(_: Any) -> object:
             logits = hidden.new_empty((chunk, self.vocabulary))
             to_hidden, to_weight = torch.empty_like(hidden), torch.empty_like(weight)
             for begin in range(0, len(hidden), chunk):
@@ -275,7 +275,7 @@ class HiddenCase(RowCase):
                 torch.mm(dz.t(), x, out=to_weight) if begin == 0 else to_weight.addmm_(dz.t(), x)
             return to_hidden, to_weight
 
-        return Contestant(self.floor_name, products, self.leaf)
+        return Contestant(self.floor_name, multiply, self.leaf)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return hidden.double() @ self._wide_weight.t()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import linear
+from .. import products
 from ..objectives import GIFT
 from ..shards import VocabularyShard
 from ..types import TokenBatch
@@ -125,7 +125,7 @@ def base_of(
 
 def chunk_of(chunk_tokens: int | None, rows: int, head: Head) -> int:
     if chunk_tokens is None:
-        return linear.chunk_rows(rows, head.weight.shape[0], head.hidden.dtype, head.hidden.device)
+        return products.chunk_rows(rows, head.weight.shape[0], head.hidden.dtype, head.hidden.device)
     if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens!r}")
     return chunk_tokens

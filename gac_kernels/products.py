@@ -1,0 +1,133 @@
+"""The matrix products of a head, a chunk of rows at a time: logits, and the gradients that come back from them.
+
+Shapes: R rows of a chunk, H hidden width, V columns of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_HALVES = (torch.bfloat16, torch.float16)
+# Bytes of a chunk's logits. On a GPU products of a few thousand rows run at full speed; on a CPU a few hundred do.
+CHUNK_BYTES = {"cpu": 160 << 20, "other": 768 << 20}
+_BLOCK_ROWS = 1024  # of a head that is widened block by block: a few megabytes, which stay in cache
+
+
+def chunk_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows a chunk when the caller does not say: as few chunks as keep the logits within CHUNK_BYTES, of one size."""
+    wide = products_in_float32(device, dtype)
+    bytes_of_row = max(1, columns) * (4 if wide else dtype.itemsize)
+    most = max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["other"]) // bytes_of_row // 16 * 16)
+    chunks = max(1, -(-rows // most))
+    return max(1, min(rows, -(-rows // chunks + 15) // 16 * 16 if chunks > 1 else rows))
+
+
+@lru_cache
+def _multiplies_halves() -> bool:
+    """Whether the CPU has instructions for bfloat16 products. Without them PyTorch takes several times as long as for
+    float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def products_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are made in float32 here."""
+    return device.type == "cpu" and dtype in _HALVES and not (dtype is torch.bfloat16 and _multiplies_halves())
+
+
+class Head:
+    """``x W^T + b``, and back. Where products are in float32 the weight is widened a block of columns at a time: there
+    never is a float32 copy of the head."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.columns, self.width = weight.shape
+        self.wide = products_in_float32(weight.device, weight.dtype)
+        self.dtype = torch.float32 if self.wide else weight.dtype
+        self._scratch: Tensor | None = None
+        self._buffer: Tensor | None = None
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Columns and their rows of the weight in the dtype of the products, one block after the other."""
+        if not self.wide:
+            yield slice(0, self.columns), self.weight
+            return
+        if self._scratch is None:
+            self._scratch = self.weight.new_empty((min(_BLOCK_ROWS, self.columns), self.width), dtype=torch.float32)
+        for begin in range(0, self.columns, _BLOCK_ROWS):
+            end = min(begin + _BLOCK_ROWS, self.columns)
+            yield slice(begin, end), self._scratch[: end - begin].copy_(self.weight[begin:end])
+
+    def logits(self, x_RH: Tensor) -> Tensor:
+        """``(R, V)`` in a buffer that the next call writes again. Rows begin on 64 bytes."""
+        rows = len(x_RH)
+        if self._buffer is None or len(self._buffer) < rows:
+            across = -(-self.columns // 32) * 32
+            self._buffer = x_RH.new_empty((rows, across), dtype=self.dtype)
+        logits_RV = self._buffer[:rows, : self.columns]
+        for columns, weight in self.blocks():
+            torch.mm(x_RH, weight.t(), out=logits_RV[:, columns])
+        if self.bias is not None:
+            logits_RV += self.bias
+        return logits_RV
+
+
+class Gradients:
+    """The sums over chunks: dh in its rows, dW and db in at least float32."""
+
+    def __init__(self, head: Head, hidden: Tensor, chunks: int, want_hidden: bool, want_weight: bool, want_bias: bool):
+        self.head, self.single = head, chunks == 1
+        acc = torch.promote_types(hidden.dtype, torch.float32)
+        weight = head.weight
+        self.hidden = hidden.new_empty(hidden.shape) if want_hidden else None
+        # One chunk's product is rounded once, whatever dtype it is written in.
+        of_weight = weight.dtype if self.single else acc
+        self.weight = weight.new_empty(weight.shape, dtype=of_weight) if want_weight else None
+        self.bias = weight.new_zeros(head.columns, dtype=acc) if want_bias else None
+        self.begun = False
+
+    def add(self, dz_RV: Tensor, x_RH: Tensor, rows: slice) -> None:
+        head, dx_RH = self.head, None
+        for columns, weight in head.blocks() if self.hidden is not None else ():
+            dz = dz_RV[:, columns]
+            dx_RH = dz @ weight if dx_RH is None else dx_RH.addmm_(dz, weight)
+        if self.hidden is not None:
+            self.hidden[rows] = 0 if dx_RH is None else dx_RH
+        if self.weight is not None:
+            self._add_weight(dz_RV, x_RH)
+        if self.bias is not None:
+            self.bias += dz_RV.sum(0, dtype=self.bias.dtype)
+        self.begun = True
+
+    def _add_weight(self, dz_RV: Tensor, x_RH: Tensor) -> None:
+        assert self.weight is not None
+        if self.weight.dtype is x_RH.dtype:
+            if self.begun:
+                self.weight.addmm_(dz_RV.t(), x_RH)
+            else:
+                torch.mm(dz_RV.t(), x_RH, out=self.weight)
+        elif self.single:  # products in float32, the result in 16 bits
+            for begin in range(0, self.head.columns, _BLOCK_ROWS):
+                end = min(begin + _BLOCK_ROWS, self.head.columns)
+                self.weight[begin:end] = dz_RV[:, begin:end].t() @ x_RH
+        elif x_RH.device.type == "cpu":  # whose products write no wider dtype than they read
+            if not self.begun:
+                self.weight.zero_()
+            self.weight.addmm_(dz_RV.t().float(), x_RH.float())
+        else:
+            if not self.begun:
+                self.weight.zero_()
+            torch.addmm(self.weight, dz_RV.t(), x_RH, out_dtype=torch.float32, out=self.weight)
+
+    def results(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight, none = self.head.weight, hidden.new_empty(0)
+        if self.weight is not None and not self.begun:
+            self.weight.zero_()
+        return (
+            none if self.hidden is None else self.hidden,
+            none if self.weight is None else self.weight.to(weight.dtype),
+            none if self.bias is None else self.bias.to(weight.dtype),
+        )
