@@ -14,6 +14,7 @@ from torch import Tensor
 _HALVES = (torch.bfloat16, torch.float16)
 # Bytes of a chunk's logits. On a GPU products of a few thousand rows run at full speed; on a CPU a few hundred do.
 CHUNK_BYTES = {"cpu": 160 << 20, "other": 768 << 20}
+_PARTS = 8
 _BLOCK_ROWS = 1024  # of a head that is widened block by block: a few megabytes, which stay in cache
 
 
@@ -74,60 +75,77 @@ class Head:
             logits_RV += self.bias
         return logits_RV
 
+    def release(self) -> None:
+        """Give back the buffers, which are made anew when they are asked for."""
+        self._scratch = self._buffer = None
+
 
 class Gradients:
-    """The sums over chunks: dh in its rows, dW and db in at least float32."""
+    """The sums over chunks: dh in its rows, dW and db in at least float32.
+
+    Where dW leaves in 16 bits, its float32 sum lies in parts that are narrowed one after the other: the two never lie
+    side by side as a whole.
+    """
 
     def __init__(self, head: Head, hidden: Tensor, chunks: int, want_hidden: bool, want_weight: bool, want_bias: bool):
-        self.head, self.single = head, chunks == 1
-        acc = torch.promote_types(hidden.dtype, torch.float32)
-        weight = head.weight
+        self.head, self.begun = head, False
+        weight, acc = head.weight, torch.promote_types(hidden.dtype, torch.float32)
         self.hidden = hidden.new_empty(hidden.shape) if want_hidden else None
-        # One chunk's product is rounded once, whatever dtype it is written in.
-        of_weight = weight.dtype if self.single else acc
-        self.weight = weight.new_empty(weight.shape, dtype=of_weight) if want_weight else None
         self.bias = weight.new_zeros(head.columns, dtype=acc) if want_bias else None
-        self.begun = False
+        self.weight: Tensor | None = None
+        self.parts: list[Tensor] = []  # rows of dW, of the result itself where no sum is wider than it
+        if not want_weight:
+            return
+        if chunks <= 1 or weight.dtype is acc:  # one chunk's product is rounded once, whatever dtype it is written in
+            self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            self.parts = list(self.weight.split(max(1, head.columns) if weight.dtype is head.dtype else _BLOCK_ROWS))
+        else:
+            rows = max(1, -(-head.columns // _PARTS))
+            sizes = [min(rows, head.columns - begin) for begin in range(0, head.columns, rows)]
+            self.parts = [weight.new_empty((size, head.width), dtype=acc) for size in sizes]
 
     def add(self, dz_RV: Tensor, x_RH: Tensor, rows: slice) -> None:
+        """A chunk's part: ``dz`` is the gradient of its logits, ``x`` its hidden states, which are the ``rows``."""
         head, dx_RH = self.head, None
         for columns, weight in head.blocks() if self.hidden is not None else ():
             dz = dz_RV[:, columns]
             dx_RH = dz @ weight if dx_RH is None else dx_RH.addmm_(dz, weight)
         if self.hidden is not None:
             self.hidden[rows] = 0 if dx_RH is None else dx_RH
-        if self.weight is not None:
-            self._add_weight(dz_RV, x_RH)
+        begin = 0
+        for part in self.parts:
+            self._add_product(part, dz_RV[:, begin : begin + len(part)].t(), x_RH)
+            begin += len(part)
         if self.bias is not None:
             self.bias += dz_RV.sum(0, dtype=self.bias.dtype)
         self.begun = True
 
-    def _add_weight(self, dz_RV: Tensor, x_RH: Tensor) -> None:
-        assert self.weight is not None
-        if self.weight.dtype is x_RH.dtype:
-            if self.begun:
-                self.weight.addmm_(dz_RV.t(), x_RH)
-            else:
-                torch.mm(dz_RV.t(), x_RH, out=self.weight)
-        elif self.single:  # products in float32, the result in 16 bits
-            for begin in range(0, self.head.columns, _BLOCK_ROWS):
-                end = min(begin + _BLOCK_ROWS, self.head.columns)
-                self.weight[begin:end] = dz_RV[:, begin:end].t() @ x_RH
-        elif x_RH.device.type == "cpu":  # whose products write no wider dtype than they read
-            if not self.begun:
-                self.weight.zero_()
-            self.weight.addmm_(dz_RV.t().float(), x_RH.float())
+    def _add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        if total.dtype is b.dtype:
+            torch.addmm(total, a, b, beta=float(self.begun), out=total)  # with beta 0 what was there is not read
+        elif self.weight is not None:  # one chunk: a product in float32, the result in 16 bits
+            total.copy_(a @ b)
+        elif not self.begun and not b.is_cuda:
+            torch.mm(a.float(), b.float(), out=total)
+        elif not b.is_cuda:  # a CPU's products write no wider dtype than they read
+            total.addmm_(a.float(), b.float())
         else:
-            if not self.begun:
-                self.weight.zero_()
-            torch.addmm(self.weight, dz_RV.t(), x_RH, out_dtype=torch.float32, out=self.weight)
+            torch.addmm(total, a, b, out_dtype=torch.float32, beta=float(self.begun), out=total)
 
     def results(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight, none = self.head.weight, hidden.new_empty(0)
-        if self.weight is not None and not self.begun:
-            self.weight.zero_()
+        """dh, dW and db, ``(0,)`` where not wanted. The sums are spent."""
+        none, dtype = hidden.new_empty(0), self.head.weight.dtype
+        if not self.begun:
+            for part in self.parts:
+                part.zero_()
+        weight, parts = self.weight, self.parts
+        if weight is None and parts:
+            self.head.release()
+            for index, part in enumerate(parts):
+                parts[index] = part.to(dtype)
+            weight = torch.cat(parts)
         return (
             none if self.hidden is None else self.hidden,
-            none if self.weight is None else self.weight.to(weight.dtype),
-            none if self.bias is None else self.bias.to(weight.dtype),
+            none if weight is None else weight,
+            none if self.bias is None else self.bias.to(dtype),
         )

@@ -87,8 +87,8 @@ def test_frozen_parts(policy, wanted, monkeypatch):
     """What is frozen gets no gradient, and no product is made for it."""
     case, objective = HiddenCase(dtype=torch.float64), gk.HybridObjective(policy)
     weights = []
-    add = products.Gradients._add_weight
-    monkeypatch.setattr(products.Gradients, "_add_weight", lambda self, *args: (weights.append(1), add(self, *args)))
+    add = products.Gradients._add_product
+    monkeypatch.setattr(products.Gradients, "_add_product", lambda self, *args: (weights.append(1), add(self, *args)))
     case.check(objective, wanted=wanted, chunk_tokens=6)
     assert bool(weights) == ("weight" in wanted)
 
@@ -112,7 +112,7 @@ def test_weight_gradient_does_not_depend_on_the_number_of_chunks(dtype):
         results = products.Gradients.results
 
         def record(self, hidden, made=made, results=results):
-            made.append(self.weight.clone())
+            made.append(torch.cat(self.parts))
             return results(self, hidden)
 
         with pytest.MonkeyPatch.context() as patch:
