@@ -45,6 +45,9 @@ class Segments:
             return cls(batch.num_sequences, batch.targets.shape[1], None)
         position_N = torch.arange(batch.targets.shape[0], device=batch.targets.device)
         ids_N = torch.bucketize(position_N, batch.cu_seqlens[1:], right=True)
+        ids_N = ids_N.clamp(
+            max=max(batch.num_sequences - 1, 0)
+        )  # what lies behind the last sequence is dead, see Tokens
         return cls(batch.num_sequences, 0, ids_N)
 
     def sum(self, value_N: Tensor) -> Tensor:
@@ -76,6 +79,8 @@ class Tokens:
     def of(cls, batch: TokenBatch, dtype: torch.dtype) -> Tokens:
         segments = Segments.of(batch)
         live_N = batch.mask.reshape(-1)
+        if batch.cu_seqlens is not None:
+            live_N = live_N & (torch.arange(live_N.shape[0], device=live_N.device) < batch.cu_seqlens[-1])
         policy_N = live_N & ~segments.expand(batch.is_expert)
 
         def select(value: Tensor) -> Tensor:
