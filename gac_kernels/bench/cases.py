@@ -163,8 +163,11 @@ class RowCase(Case):
 
     def _chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """``(S, T, ...)`` tensors a few rows at a time: the float64 intermediates of all rows need not fit."""
-        rows = max(1, CHUNK // self.vocabulary)
-        yield from zip(*(tensor.flatten(0, 1).split(rows) for tensor in tensors), strict=True)
+        yield from zip(*(tensor.flatten(0, 1).split(self._chunk_rows) for tensor in tensors), strict=True)
+
+    @property
+    def _chunk_rows(self) -> int:
+        return max(1, CHUNK // self.vocabulary)
 
     @property
     def logprob_error(self) -> float:
@@ -302,12 +305,13 @@ class HiddenCase(RowCase):
     def _compare_gradient(self, gradient: Tensor, want: Expected) -> float:
         """``dh = dz W``: off by what ``dz`` may be off, through |W|, and by the sum's own rounding."""
         worst, W = 0.0, self._wide_weight
+        sizes = W.abs()
         for got, (right, bound, size) in zip(
-            gradient.flatten(0, 1).split(self._chunk), self._logit_gradients(want), strict=True
+            gradient.flatten(0, 1).split(self._chunk_rows), self._logit_gradients(want), strict=True
         ):
             half = torch.finfo(self.dtype).eps if self.dtype.itemsize == 2 else 0.0
             exact = right @ W
-            allowed = bound @ W.abs() + summation(self.dtype, self.vocabulary) * (size @ W.abs()) + half * exact.abs()
+            allowed = (bound + summation(self.dtype, self.vocabulary) * size) @ sizes + half * exact.abs()
             worst = max(worst, compare("gradient of hidden", got, exact, allowed + _least(self.dtype)))
         return worst
 
@@ -318,7 +322,7 @@ class HiddenCase(RowCase):
         columns = torch.cat((self.batch.targets.flatten()[:64].long(), some))
         exact = allowed = torch.zeros((), dtype=torch.float64, device=self.device)
         for h, (right, bound, size) in zip(
-            self._inputs[0].flatten(0, 1).split(self._chunk), self._logit_gradients(want), strict=True
+            self._inputs[0].flatten(0, 1).split(self._chunk_rows), self._logit_gradients(want), strict=True
         ):
             wide = h.double()
             exact = exact + right[:, columns].t() @ wide
@@ -329,8 +333,9 @@ class HiddenCase(RowCase):
         return compare("gradient of weight", got, exact, allowed + half * exact.abs() + _least(self.dtype))
 
     @property
-    def _chunk(self) -> int:
-        return max(1, CHUNK // self.vocabulary)
+    def _chunk_rows(self) -> int:
+        """More than of logits: each is a product with the whole head."""
+        return max(1, 8 * CHUNK // self.vocabulary)
 
     def _logit_gradients(self, want: Expected) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of a few rows at a time: ``dz`` in float64, how far it may be off, and its size. In 16 bits it may have been
