@@ -10,34 +10,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import eager, library, linear
-from ..objectives import DFPO, GIFT, GSPO, HybridObjective, LogitTransform
-from ..schemas import encode_rows, encode_term, encode_weights
+from .. import library, linear
+from ..objectives import GIFT, HybridObjective, LogitTransform
+from ..schemas import encode_rows
 from ..shards import VocabularyShard
 from ..types import IGNORE_INDEX, Denominators, HybridLoss, TokenBatch, TokenLogprobs
 from . import inputs
 from .head import base_of, check_head, chunk_of
 from .logits import OUTPUTS, PLAIN, anchor_of, check_outputs, checked_transform
 from .once import first_order_only
+from .plan import LossPlan
 from .rows import as_rows, check_targets, row_temperature
 from .token import assemble
 
 
-class _Plan(NamedTuple):
-    """Everything about a call but the head."""
+class _Spread(NamedTuple):
+    """How the work is cut: rows a chunk, and the part of the vocabulary that is here."""
 
-    rows: tuple[Tensor | None, ...]  # targets, temperature
-    base: tuple[Tensor | None, ...]  # GIFT's: logits, or hidden, weight and bias
-    static: tuple[float, ...]
-    batch: tuple[Any, ...]  # inputs.batch_args
-    groups: Tensor | None
-    mu: Tensor
-    counts: tuple[Tensor | None, Tensor | None]
-    term: tuple[Any, ...]
-    weights: tuple[int, int, float]
-    custom: tuple[TokenBatch, HybridObjective] | None
-    two_looks: bool
-    has_bonus: bool
     chunk: int
     shard: VocabularyShard | None
 
@@ -51,53 +40,36 @@ def _run(name: str, shard: VocabularyShard | None, *args: Any) -> tuple[Tensor, 
     return results
 
 
-def _token_loss(plan: _Plan, logprobs: Tensor, entropy: Tensor, sum_sq: Tensor, supervised: Tensor) -> Any:
-    gift = supervised if supervised.numel() else None
-    if plan.custom is not None:
-        denominators = Denominators(*plan.counts)
-        batch, objective = plan.custom
-        shape = batch.targets.shape
-        return eager.token_loss_of_batch(
-            logprobs.view(shape), batch, objective, plan.mu, entropy.view(shape), sum_sq.view(shape), gift, denominators
-        )
-    return library.call(
-        "token_loss", logprobs, *plan.batch, entropy, sum_sq, gift, plan.groups, plan.mu, *plan.counts, *plan.term,
-        *plan.weights,
-    )  # fmt: skip
-
-
 class _HiddenLoss(torch.autograd.Function):
     """The loss from hidden states, all gradients with it. Anchors hang on the graphs without holding on to memory."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_anchor: Tensor, weight_anchor: Tensor,
-        plan: _Plan,
+        base: tuple[Tensor | None, ...], plan: LossPlan, spread: _Spread,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        wanted = tuple(ctx.needs_input_grad[:3])
-        targets, temperature = plan.rows
-        kind, weight_N, advantages = library.call(
-            "token_weights", *plan.batch[:6], plan.mu, *plan.counts, *plan.weights
-        )
-        leading = (hidden, weight, bias, targets, kind, temperature, *plan.base)
+        wanted, (chunk, shard) = tuple(ctx.needs_input_grad[:3]), spread
+        kind, weight_N, advantages = plan.token_weights()
+        leading = (hidden, weight, bias, plan.targets, kind, plan.temperature, *base)
         gradients: tuple[Tensor, ...] = ()
         if any(wanted) and not plan.two_looks:
-            tokens = (value if value is None else value.view(-1) for value in plan.batch[6:])
             logprobs, entropy, sum_sq, supervised, *made = _run(
-                "linear_loss", plan.shard, *leading, weight_N, advantages, *tokens, plan.chunk, *wanted, *plan.static,
+                "linear_loss", shard, *leading, weight_N, advantages, *plan.tokens, chunk, *wanted, *plan.static,
                 *plan.term,
             )  # fmt: skip
-            loss, scalars, signals, *_ = _token_loss(plan, logprobs, entropy, sum_sq, supervised)
             gradients = tuple(made)
+            gift = supervised if supervised.numel() else None
+            loss, scalars, signals, *_ = plan.token_loss(logprobs, entropy, sum_sq, gift)
         else:
             logprobs, entropy, sum_sq, normalizer, supervised = _run(
-                "linear_statistics", plan.shard, *leading, plan.chunk, *plan.static
+                "linear_statistics", shard, *leading, chunk, *plan.static
             )
-            loss, scalars, signals, _, slope, bonus = _token_loss(plan, logprobs, entropy, sum_sq, supervised)
+            gift = supervised if supervised.numel() else None
+            loss, scalars, signals, _, slope, bonus = plan.token_loss(logprobs, entropy, sum_sq, gift)
             if any(wanted):
                 gradients = _run(
-                    "linear_gradient", plan.shard, *leading, normalizer, entropy, slope.view(-1),
-                    bonus.view(-1) if plan.has_bonus else None, plan.chunk, *wanted, *plan.static,
+                    "linear_gradient", shard, *leading, normalizer, entropy, slope.view(-1),
+                    bonus.view(-1) if plan.has_bonus else None, chunk, *wanted, *plan.static,
                 )  # fmt: skip
         sums = _sequence_means(plan.batch, gradients[0], weight_N) if wanted[0] else loss.new_empty(0)
         results = loss, scalars, signals, logprobs, entropy, sums
@@ -109,8 +81,9 @@ class _HiddenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 5
         if grad is None:
-            return None, None, None, None, None, None
+            return None, None, None, *nothing
         if ctx.spent:  # before the saved tensors are asked for, whose own complaint would not say what to do
             raise RuntimeError(
                 "second backward through a loss from hidden states, whose gradients the forward made and the first "
@@ -127,7 +100,7 @@ class _HiddenLoss(torch.autograd.Function):
                 gradient = gradient.detach()
                 library.call("scale_", gradient, grad)
             results.append(first_order_only(gradient, *anchors, grad))
-        return *results, None, None, None
+        return *results, *nothing
 
 
 def _sequence_means(batch: tuple[Any, ...], gradient: Tensor, weight_N: Tensor) -> Tensor:
@@ -214,34 +187,14 @@ def hybrid_loss_from_hidden(
     gift = objective.supervised if isinstance(objective.supervised, GIFT) else None
     base = base_of(gift, batch, head, base_hidden, base_weight, base_bias, vocab_size)
     check_targets("batch.targets", batch.targets, batch.mask, head.columns)
-    custom = inputs.has_custom_gate(objective)
-    if custom:
-        inputs.check_gate_backend(library.forced_backend())
-    dtype = torch.promote_types(head.hidden.dtype, torch.float32)
-    mu = inputs.scalar("mu", mu, hidden.new_empty((), dtype=dtype), 1.0)
-    norm_length = inputs.norm_length_of(objective, batch)
-    plan = _Plan(
-        rows=(batch.targets.reshape(-1), row_temperature(transform, batch, dtype)),
-        base=base,
-        static=encode_rows(transform, gift),
-        batch=inputs.batch_args(batch, dtype),
-        groups=batch.groups,
-        mu=mu,
-        counts=inputs.counts_of(denominators, mu),
-        term=() if custom else encode_term(objective),
-        weights=encode_weights(objective, norm_length),
-        custom=(batch, objective) if custom else None,
-        two_looks=custom or isinstance(objective.policy, (GSPO, DFPO)),
-        has_bonus=objective.entropy_coef != 0,
-        chunk=chunk_of(chunk_tokens, batch.targets.numel(), head),
-        shard=head.shard,
-    )
+    plan = LossPlan.of(head.hidden, batch, objective, mu, transform, gift, denominators)
+    spread = _Spread(chunk_of(chunk_tokens, batch.targets.numel(), head), head.shard)
     loss, scalars, signals, logprobs, entropy, means = _HiddenLoss.apply(
-        as_rows(head.hidden), head.weight, head.bias, anchor_of(head.hidden), anchor_of(head.weight), plan
+        as_rows(head.hidden), head.weight, head.bias, anchor_of(head.hidden), anchor_of(head.weight), base, plan, spread
     )
     shape = batch.targets.shape
     return assemble(
-        loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, norm_length,
+        loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, plan.norm_length,
         means if means.numel() else None,
     )  # fmt: skip
 

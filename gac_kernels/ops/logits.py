@@ -5,17 +5,18 @@ Shapes: N rows (tokens) of V logits; the row operators take logits as (A, B, V) 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import eager, library
-from ..objectives import DFPO, GIFT, GSPO, HybridObjective, LogitTransform
-from ..schemas import encode_rows, encode_term, encode_weights
+from .. import library
+from ..objectives import GIFT, HybridObjective, LogitTransform
+from ..schemas import encode_rows
 from ..types import IGNORE_INDEX, Denominators, HybridLoss, TokenBatch, TokenLogprobs
 from . import inputs
 from .once import first_order_only, scaled
+from .plan import LossPlan
 from .rows import as_rows, check_logits, check_targets, check_writable, row_temperature
 from .token import assemble
 
@@ -23,53 +24,29 @@ OUTPUTS = ("logprobs", "entropy", "sum_sq")
 PLAIN = LogitTransform()
 
 
-class _Plan(NamedTuple):
-    """Everything about a call but the logits."""
-
-    rows: tuple[Tensor | None, ...]  # targets, temperature, base_logits
-    static: tuple[float, ...]  # of the transform and of GIFT
-    batch: tuple[Any, ...]  # inputs.batch_args
-    groups: Tensor | None
-    mu: Tensor
-    counts: tuple[Tensor | None, Tensor | None]
-    term: tuple[Any, ...]
-    weights: tuple[int, int, float]
-    custom: tuple[TokenBatch, HybridObjective] | None  # a gate in Python
-    two_looks: bool
-    has_bonus: bool  # of entropy
-    inplace: bool
-
-
-def _token_loss(plan: _Plan, logprobs: Tensor, entropy: Tensor, sum_sq: Tensor, supervised: Tensor) -> Any:
-    gift = supervised if plan.rows[2] is not None else None
-    if plan.custom is not None:
-        denominators = Denominators(*plan.counts)
-        return eager.token_loss_of_batch(logprobs, *plan.custom, plan.mu, entropy, sum_sq, gift, denominators)
-    return library.call(
-        "token_loss", logprobs, *plan.batch, entropy, sum_sq, gift, plan.groups, plan.mu, *plan.counts, *plan.term,
-        *plan.weights,
-    )  # fmt: skip
-
-
-def _evaluate(logits: Tensor, plan: _Plan, wants_gradient: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
+def _evaluate(
+    logits: Tensor, base_logits: Tensor | None, plan: LossPlan, inplace: bool, wants_gradient: bool
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Results and, where wanted, the gradient, which is ``logits`` itself in place."""
-    targets, temperature, base_logits = plan.rows
-    kind, weight, advantages = library.call("token_weights", *plan.batch[:6], plan.mu, *plan.counts, *plan.weights)
-    rows = (targets, kind, temperature, base_logits)
-    suffix, gradient = "_" if plan.inplace else "", None
+    kind, weight, advantages = plan.token_weights()
+    rows = (plan.targets, kind, plan.temperature, base_logits)
+    suffix, gradient = "_" if inplace else "", None
     if wants_gradient and not plan.two_looks:
-        tokens = (value if value is None else value.view(-1) for value in plan.batch[6:])
-        out = library.call(f"fused_rows{suffix}", logits, *rows, weight, advantages, *tokens, *plan.static, *plan.term)
+        out = library.call(
+            f"fused_rows{suffix}", logits, *rows, weight, advantages, *plan.tokens, *plan.static, *plan.term
+        )
         logprobs, entropy, sum_sq, supervised = out[:4]
-        gradient = logits if plan.inplace else out[4]
-        loss, scalars, signals, *_ = _token_loss(plan, logprobs, entropy, sum_sq, supervised)
+        gradient = logits if inplace else out[4]
+        gift = None if base_logits is None else supervised
+        loss, scalars, signals, *_ = plan.token_loss(logprobs, entropy, sum_sq, gift)
     else:
         logprobs, entropy, sum_sq, normalizer, supervised = library.call("row_statistics", logits, *rows, *plan.static)
-        loss, scalars, signals, _, slope, entropy_slope = _token_loss(plan, logprobs, entropy, sum_sq, supervised)
+        gift = None if base_logits is None else supervised
+        loss, scalars, signals, _, slope, entropy_slope = plan.token_loss(logprobs, entropy, sum_sq, gift)
         if wants_gradient:
             bonus = entropy_slope if plan.has_bonus else None
             new = library.call(f"row_gradient{suffix}", logits, *rows, normalizer, entropy, slope, bonus, *plan.static)
-            gradient = logits if plan.inplace else new
+            gradient = logits if inplace else new
     return (loss, scalars, signals, logprobs, entropy), gradient
 
 
@@ -77,10 +54,12 @@ class _LogitsLoss(torch.autograd.Function):
     """The loss from logits. ``anchor`` hangs on the logits' graph without their memory, which may be freed."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, anchor: Tensor, plan: _Plan) -> tuple[Tensor, ...]:
-        results, gradient = _evaluate(logits, plan, ctx.needs_input_grad[0])
-        ctx.inplace, ctx.spent = plan.inplace, False
-        if plan.inplace and gradient is not None:
+    def forward(
+        ctx: Any, logits: Tensor, anchor: Tensor, base_logits: Tensor | None, plan: LossPlan, inplace: bool
+    ) -> tuple[Tensor, ...]:
+        results, gradient = _evaluate(logits, base_logits, plan, inplace, ctx.needs_input_grad[0])
+        ctx.inplace, ctx.spent = inplace, False
+        if inplace and gradient is not None:
             # Whoever saved the logits for a backward of their own must learn that they are gone.
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(gradient, anchor)
@@ -89,9 +68,10 @@ class _LogitsLoss(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 4
         if grad is None or not ctx.needs_input_grad[0]:
-            return None, None, None
+            return None, *nothing
         if ctx.spent:  # before the saved tensors are asked for, whose own complaint would not say what to do
             raise RuntimeError(
                 "second backward through a loss whose gradient was written over the logits and handed on: "
@@ -99,12 +79,12 @@ class _LogitsLoss(torch.autograd.Function):
             )
         gradient, anchor = ctx.saved_tensors
         if not ctx.inplace:
-            return scaled(gradient, grad, anchor), None, None
+            return scaled(gradient, grad, anchor), *nothing
         ctx.spent = True
         with torch.no_grad():
             gradient = gradient.detach()
             library.call("scale_", gradient, grad)
-        return first_order_only(gradient, anchor, grad), None, None
+        return first_order_only(gradient, anchor, grad), *nothing
 
 
 def hybrid_loss_from_logits(
@@ -168,29 +148,12 @@ def hybrid_loss_from_logits(
     rows = as_rows(logits)
     if inplace:
         check_writable(logits, rows)
-    custom = inputs.has_custom_gate(objective)
-    if custom:
-        inputs.check_gate_backend(library.forced_backend())
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    mu = inputs.scalar("mu", mu, logits.new_empty((), dtype=dtype), 1.0)
-    norm_length = inputs.norm_length_of(objective, batch)
-    plan = _Plan(
-        rows=(batch.targets.reshape(-1), row_temperature(transform, batch, dtype), base_logits),
-        static=encode_rows(transform, gift),
-        batch=inputs.batch_args(batch, dtype),
-        groups=batch.groups,
-        mu=mu,
-        counts=inputs.counts_of(denominators, mu),
-        term=() if custom else encode_term(objective),
-        weights=encode_weights(objective, norm_length),
-        custom=(batch, objective) if custom else None,
-        two_looks=custom or isinstance(objective.policy, (GSPO, DFPO)),
-        has_bonus=objective.entropy_coef != 0,
-        inplace=inplace,
-    )
-    loss, scalars, signals, logprobs, entropy = _LogitsLoss.apply(rows, anchor_of(logits), plan)
+    plan = LossPlan.of(logits, batch, objective, mu, transform, gift, denominators)
+    loss, scalars, signals, logprobs, entropy = _LogitsLoss.apply(rows, anchor_of(logits), base_logits, plan, inplace)
     shape = batch.targets.shape
-    return assemble(loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, norm_length)
+    return assemble(
+        loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, plan.norm_length
+    )
 
 
 def checked_transform(transform: LogitTransform | None) -> LogitTransform:
