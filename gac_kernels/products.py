@@ -76,7 +76,9 @@ class Head:
         return logits_RV
 
     def release(self) -> None:
-        """Give back the buffers, which are made anew when they are asked for."""
+        """Give back the memory of the logits, whoever still holds them."""
+        if self._buffer is not None:
+            self._buffer.untyped_storage().resize_(0)
         self._scratch = self._buffer = None
 
 
