@@ -22,7 +22,7 @@ demo: $(STAMP)
 	rm -rf runs/demo
 	$(BIN)/python -m gac_kernels.train.demo --output runs/demo $(DEMO_ARGS)
 	$(BIN)/gac-kernels bench --modes full --seconds 2 --providers gac-cpu,eager,eager-loss --backend cpu
-	$(BIN)/gac-kernels bench --kernel hidden --shape 512x32000 --seconds 2 --providers eager --backend cpu
+	$(BIN)/gac-kernels bench --kernel hidden --shape 4096x8000 --seconds 2 --providers eager --backend cpu
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile  # whole files, whose fixtures compile kernels and start processes
