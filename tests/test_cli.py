@@ -294,7 +294,7 @@ def test_error_lines(tmp_path, capsys):
     assert "local model directory" in error_line(capsys, "overhead", "--model", tmp_path / "none")
     assert "--update-every" in error_line(capsys, "overhead", "--update-every", "0")
     assert "invalid choice: 'fly'" in error_line(capsys, "fly")
-    assert "doctor, bench, overhead, train" in error_line(capsys)
+    assert "doctor, bench, overhead, train, validate" in error_line(capsys)
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -305,7 +305,7 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for command in ("overhead", "train"):
+    for command in ("overhead", "train", "validate"):
         line = error_line(capsys, command)
         assert "transformers" in line and "pip install 'gac-kernels[train]'" in line
     assert "matplotlib" in error_line(capsys, "bench", "--plot", tmp_path / "out.png")

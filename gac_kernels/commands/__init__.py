@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-COMMANDS = ("doctor", "bench", "overhead", "train")
+COMMANDS = ("doctor", "bench", "overhead", "train", "validate")
 
 
 def load(name: str) -> ModuleType:
