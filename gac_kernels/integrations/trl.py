@@ -152,8 +152,9 @@ def _checked(
             )
         if isinstance(controller.config.alpha, KLTarget):
             raise ValueError("controller's alpha must be a number in TRL, got a KLTarget, which is not supported here")
-        if controller.mu.device != trainer.accelerator.device:
-            raise ValueError(f"controller must be on {trainer.accelerator.device}, got {controller.mu.device}")
+        device = torch.empty(0, device=trainer.accelerator.device).device  # "cpu:0" by its name on a tensor, "cpu"
+        if controller.mu.device != device:
+            raise ValueError(f"controller must be on {device}, got {controller.mu.device}")
     return objective, controller
 
 
