@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 HELP = "correlation of the controller's estimators with the gradients of the parameters themselves"
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 # (checkpoints, oracle batches a half, fresh batches a checkpoint, batches that a step is cut into)
-SIZE, SMOKE_SIZE = (10, 64, 4, 8), (3, 4, 2, 4)
+SIZE, SMOKE_SIZE = (8, 32, 3, 8), (3, 4, 2, 4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
