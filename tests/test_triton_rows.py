@@ -8,10 +8,11 @@ import pytest
 import torch
 import triton_watch
 from logit_support import DTYPES, TRANSFORMS, LogitCase, check, check_gradient, check_rows, make, run
+from rows_arguments import RowCase, op
 from triton_support import DEVICE, interpreted_only
 
 import gac_kernels as gk
-from gac_kernels import library, reference
+from gac_kernels import library, reference, schemas
 from gac_kernels.objectives import AGGREGATIONS
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU tests/test_gpu.py runs these kernels")
@@ -182,3 +183,20 @@ def test_scale(dtype):
     poisoned = torch.tensor([math.nan, 1.0], dtype=dtype)
     library.call("scale_", poisoned, torch.ones(()))
     assert poisoned[0].isnan() and poisoned[1] == 1
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_target_in_another_shard(dtype, transform):
+    """As the reference has it: no log-prob, no column with t = 1; the normaliser is that of z in both."""
+    case = RowCase(1, 4, 70, dtype, transform=TRANSFORMS[transform], heat=True, dead=False)
+    case.targets[:] = torch.tensor([3, schemas.ELSEWHERE, schemas.ELSEWHERE, 69])
+    found = {}
+    for form in ("reference", "triton"):
+        statistics = op(f"row_statistics_{form}", case.logits, *case.rows, *case.static)
+        given = statistics[3], statistics[1], case.slope, case.entropy_slope
+        found[form] = *statistics[:4], op(f"row_gradient_{form}", case.logits, *case.rows, *given, *case.static)
+    assert found["triton"][0][1:3].tolist() == [0.0, 0.0]
+    for got, want in zip(found["triton"], found["reference"], strict=True):
+        bound = 2.0**-7 if got.dtype == torch.bfloat16 else 4e-6
+        torch.testing.assert_close(got, want, rtol=bound, atol=bound)
