@@ -269,7 +269,7 @@ class GuidedAdaptiveController:
         noise = sigma_s2 + sigma_r2
         if self.config.disagreement_cap is not None:
             delta2 = torch.minimum(delta2, noise * self.config.disagreement_cap)
-        return (state["alpha"] * delta2 + sigma_r2) / (delta2 + noise)
+        return optimal_mu(sigma_s2, sigma_r2, delta2, state["alpha"])
 
     def _move_mu(self, state: dict[str, Tensor], ready: Tensor) -> None:
         """Smooth the estimate, blend it with the prior, and move mu towards it."""
@@ -286,6 +286,11 @@ class GuidedAdaptiveController:
         # In place on a fresh tensor: the allocations would cost as much as the arithmetic.
         moved = (smooth * blend).add_(offset).sub_(mu).clamp_(-config.change_cap, config.change_cap).add_(mu)
         state["mu"] = moved.clamp_(config.mu_min, config.mu_max)
+
+
+def optimal_mu(sigma_s2: Any, sigma_r2: Any, delta2: Any, alpha: Any) -> Any:
+    """mu* of the three signals (arXiv 2605.26184), of tensors or numbers; 0 / 0 where all are 0."""
+    return (alpha * delta2 + sigma_r2) / (delta2 + (sigma_s2 + sigma_r2))
 
 
 def _move_alpha(state: dict[str, Tensor], target: KLTarget, kl: Tensor, finite: Tensor, bad: Tensor) -> None:

@@ -115,6 +115,20 @@ def test_hidden_states_against_float64(dtype, policy):
             assert worst(gradient.cpu(), want_gradients[name]) < 8 * bound, name
 
 
+def captured(step):
+    """A graph of ``step`` after three warm calls, and the tensors that its replays fill."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
 def test_a_cuda_graph_takes_every_row_of_hidden_states():
     """Nothing waits for the number of live rows while a graph is captured."""
     case = HiddenCase((4, 3), (False, True), H=64, V=500, poison=False)
@@ -127,15 +141,7 @@ def test_a_cuda_graph_takes_every_row_of_hidden_states():
         out = gk.hybrid_loss_from_hidden(leaves["hidden"], leaves["weight"], case.batch, gk.HybridObjective(), mu)
         return out.loss, torch.autograd.grad(out.loss, leaves["weight"])[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
+    graph, (loss, gradient) = captured(step)
     for value in (0.3, 0.8):
         mu.fill_(value)
         graph.replay()
@@ -152,15 +158,7 @@ def test_a_cuda_graph_replays_the_loss_and_its_gradient():
         out = gk.hybrid_loss_from_logits(leaf, batch, objective, mu)
         return out.loss, torch.autograd.grad(out.loss, leaf)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
+    graph, (loss, gradient) = captured(step)
     for value in (0.3, 0.8):
         mu.fill_(value)
         graph.replay()

@@ -196,8 +196,8 @@ class Trainer:
             assert result is not None
             parts.append((result, rows.count("token-mean", expert=False)))
             if not warming:
-                began = time.perf_counter()
-                self.mixing.observe(result, rows.token_batch())
+                tokens, began = rows.token_batch(), time.perf_counter()
+                self.mixing.observe(result, tokens)
                 controller_seconds += time.perf_counter() - began
         logged = _summary(parts, self.ranks)
         logged["grad_norm"] = self.engine.clip(self.config.clip_norm)

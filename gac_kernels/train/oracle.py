@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..controller import optimal_mu
 from ..objectives import GRPO, NLL, HybridObjective
 from ..signals import (
     ADVANTAGE,
@@ -154,10 +155,11 @@ class Half:
 
 
 def optimum(signals: Sequence[float], alpha: float = 0.5) -> float:
-    """mu* (SPEC section 6) of (sigma_s^2, sigma_r^2, Delta^2); a distance below 0 counts as 0."""
+    """mu* of (sigma_s^2, sigma_r^2, Delta^2); a distance below 0 counts as 0, and nothing at all has none: nan."""
     sigma_s2, sigma_r2, delta2 = signals[0], signals[1], max(0.0, signals[2])
-    total = delta2 + sigma_s2 + sigma_r2
-    return (alpha * delta2 + sigma_r2) / total if total > 0.0 else float("nan")
+    if delta2 + sigma_s2 + sigma_r2 <= 0.0:
+        return float("nan")
+    return float(optimal_mu(sigma_s2, sigma_r2, delta2, alpha))
 
 
 def branch(rows: RolloutBatch, *, expert: bool) -> RolloutBatch:
