@@ -45,7 +45,7 @@ class TrainConfig:
         digits: digits of a number of the arithmetic task.
         demonstration_pool: how many distinct demonstrations exist; None: all that the file has (128 for arithmetic).
         tiny_hidden, tiny_layers: width and layers of the tiny model.
-        objective: the hybrid objective. GIFT needs a base model's logits, which the loop does not make.
+        objective: the hybrid objective. GIFT's base is the model that the run proper starts from (``reference``).
         controller: what sets mu, see ``mixing``: gac, fixed, linear, cosine, kl, srft, hpt.
         mu: the weight of ``fixed``.
         controller_config: settings of ``gac``; None: the paper's, with every time constant scaled to the horizon.
@@ -67,7 +67,7 @@ class TrainConfig:
         weight_decay, clip_norm: of AdamW, and the bound on the gradient's norm.
         max_new_tokens: length limit of a completion; every demonstration must fit in it.
         temperature: of the rollouts and of their log-probs. Demonstrations are scored at 1.
-        reference: keep a frozen copy of the model the run proper starts from, and measure the KL against it.
+        reference: keep a frozen copy of the model the run proper starts from; the KL is measured against it.
         eval_size, eval_every: held-out problems and the steps between evaluations (0: only before and after).
         eval_batch: problems decoded at once.
         checkpoint_every, checkpoint_keep: steps between checkpoints (0: only the last) and how many are kept.
@@ -229,10 +229,6 @@ class TrainConfig:
             raise TypeError(
                 f"controller_config must be a ControllerConfig, got {type(self.controller_config).__name__}"
             )
-        if isinstance(self.objective.supervised, GIFT):
-            raise ValueError(
-                "objective.supervised must be NLL: GIFT needs the base model's logits, which the loop does not make"
-            )
         torch.device(self.device)  # raises a RuntimeError that names the device
 
     def _check_sources(self) -> None:
@@ -262,6 +258,9 @@ class TrainConfig:
                 f"demonstrations_per_step must be 0 or >= micro_batches = {self.micro_batches}, "
                 f"got {self.demonstrations_per_step}"
             )
+        self._check_reference()
+
+    def _check_reference(self) -> None:
         alpha = None if self.controller_config is None else self.controller_config.alpha
         if not self.reference and (
             self.controller == "kl" or isinstance(alpha, KLTarget) or self.objective.kl_coef > 0
@@ -269,6 +268,8 @@ class TrainConfig:
             raise ValueError(
                 "reference must be True where a KL is used (controller='kl', alpha=KLTarget or kl_coef > 0)"
             )
+        if not self.reference and isinstance(self.objective.supervised, GIFT):
+            raise ValueError("reference must be True for GIFT, which compares with the model that the run starts from")
 
 
 def _plain(value: object) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objectives import NLL, HybridObjective
+from ..objectives import GIFT, NLL, HybridObjective
 from ..types import Denominators, HybridLoss
 from .collect import Collector
 from .config import TrainConfig
@@ -191,7 +191,9 @@ class Trainer:
         micro_batches = batch.micro_batches(self.config.micro_batches if self.ranks.size > 1 else 0)
         for done, rows in enumerate(micro_batches, 1):
             with self.engine.synced(last=done == len(micro_batches)):
-                loss, result = self.engine.module(rows, self.config.temperature, objective, mu, counts)
+                loss, result = self.engine.module(
+                    rows, self.config.temperature, objective, mu, counts, self._base(objective, rows)
+                )
                 (self.ranks.size * scale * loss).backward()  # gradients are averaged over ranks
             assert result is not None
             parts.append((result, rows.count("token-mean", expert=False)))
@@ -209,6 +211,13 @@ class Trainer:
             self.mixing.step(logged["kl"] if self.reference is not None else None)
             controller_seconds += time.perf_counter() - began
         return logged, controller_seconds
+
+    def _base(self, objective: HybridObjective, rows: RolloutBatch) -> dict[str, Tensor | None] | None:
+        """Of the model that the run proper started from, for GIFT; None for any other objective."""
+        if not isinstance(objective.supervised, GIFT):
+            return None
+        assert self.reference is not None  # the config has seen to it
+        return self.reference.as_base(rows, whole_logits=self.policy.head is None)
 
     def _learning_rate(self) -> float:
         config, step = self.config, self.steps_done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..objectives import HybridObjective, LogitTransform
 from ..ops import hybrid_loss_from_hidden, hybrid_loss_from_logits, token_logprobs, token_logprobs_from_hidden
-from ..types import Denominators, HybridLoss
+from ..types import Denominators, HybridLoss, TokenBatch
 from .rollouts import RolloutBatch, sampled_transform
 
 
@@ -68,15 +68,17 @@ class Policy(torch.nn.Module):
         objective: HybridObjective | None = None,
         mu: float | Tensor = 0.5,
         counts: Denominators | None = None,
+        base: dict[str, Tensor | None] | None = None,
     ) -> tuple[Tensor, HybridLoss | None]:
-        """The loss and everything with it; without ``objective`` the log-probs, ``(S, T)``, 0 outside the responses."""
+        """The loss and everything with it; without ``objective`` the log-probs, ``(S, T)``, 0 outside the responses.
+
+        ``base``: what ``as_base`` of GIFT's base model gave for the same rows.
+        """
         transform = sampled_transform(rows, temperature)
         if self.head is None:
-            return self._from_logits(rows, transform, objective, mu, counts)
+            return self._from_logits(rows, transform, objective, mu, counts, base)
         transform = LogitTransform(transform.temperature, self.head.softcap, self.head.scale)
-        layer, length = self.model.get_output_embeddings(), rows.targets.shape[1]
-        first = rows.prompt_mask.shape[1] - 1  # the last prompt token predicts the first of the response
-        hidden = self.model.base_model(**_inputs(rows)).last_hidden_state[:, first : first + length]
+        layer, hidden = self.model.get_output_embeddings(), self._hidden(rows)
         head: dict[str, Any] = {"bias": layer.bias, "transform": transform}
         if objective is None:
             logprobs = token_logprobs_from_hidden(
@@ -84,14 +86,32 @@ class Policy(torch.nn.Module):
             ).logprobs
             assert logprobs is not None
             return logprobs, None
+        batch, of_base = _with_base(rows, base)
         result = hybrid_loss_from_hidden(
-            hidden, layer.weight, rows.token_batch(), objective, mu, denominators=counts, **head
+            hidden, layer.weight, batch, objective, mu, denominators=counts, **head, **of_base
         )
         return result.loss, result
 
+    @torch.no_grad()
+    def as_base(self, rows: RolloutBatch, *, whole_logits: bool) -> dict[str, Tensor | None]:
+        """What GIFT's loss reads of this model as its base: hidden states and head, or ``whole_logits``.
+
+        A base's head has no scale and no soft cap in the loss; a model with these gives its logits.
+        """
+        if whole_logits or self.head is None or (self.head.scale, self.head.softcap) != (1.0, None):
+            return {"base_logits": response_logits(self.model, rows)}
+        layer = self.model.get_output_embeddings()
+        return {"base_hidden": self._hidden(rows), "base_weight": layer.weight, "base_bias": layer.bias}
+
+    def _hidden(self, rows: RolloutBatch) -> Tensor:
+        """``(S, T, H)``: the last hidden states that predict the response tokens."""
+        first = rows.prompt_mask.shape[1] - 1  # the last prompt token predicts the first of the response
+        states: Tensor = self.model.base_model(**_inputs(rows)).last_hidden_state
+        return states[:, first : first + rows.targets.shape[1]]
+
     def _from_logits(
         self, rows: RolloutBatch, transform: LogitTransform, objective: HybridObjective | None, mu: float | Tensor,
-        counts: Denominators | None,
+        counts: Denominators | None, base: dict[str, Tensor | None] | None,
     ) -> tuple[Tensor, HybridLoss | None]:  # fmt: skip
         logits = response_logits(self.model, rows)
         if objective is None:
@@ -100,8 +120,9 @@ class Policy(torch.nn.Module):
             ).logprobs
             assert logprobs is not None
             return logprobs, None
+        batch, _ = _with_base(rows, base)
         result = hybrid_loss_from_logits(
-            logits, rows.token_batch(), objective, mu, transform=transform, inplace=True, denominators=counts
+            logits, batch, objective, mu, transform=transform, inplace=True, denominators=counts
         )
         return result.loss, result
 
@@ -122,6 +143,13 @@ def response_logits(model: PreTrainedModel, rows: RolloutBatch) -> Tensor:
     first, length = rows.prompt_mask.shape[1] - 1, rows.targets.shape[1]
     keep = torch.arange(first, first + length, device=rows.input_ids.device)
     return model(**_inputs(rows), logits_to_keep=keep).logits
+
+
+def _with_base(rows: RolloutBatch, base: dict[str, Tensor | None] | None) -> tuple[TokenBatch, dict[str, Any]]:
+    """The rows as the losses take them, with the base's logits if it came as such; what else came of it."""
+    batch, rest = rows.token_batch(), dict(base or {})
+    logits = rest.pop("base_logits", None)
+    return (batch if logits is None else replace(batch, base_logits=logits)), rest
 
 
 def _inputs(rows: RolloutBatch) -> dict[str, Any]:

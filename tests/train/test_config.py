@@ -27,7 +27,7 @@ from gac_kernels.train.config import TrainConfig
         ({"controller": "magic"}, ValueError, "controller must be one of gac, fixed"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of"),
         ({"objective": "sapo"}, TypeError, "objective must be a HybridObjective"),
-        ({"objective": gk.HybridObjective(supervised=gk.GIFT())}, ValueError, "objective.supervised must be NLL"),
+        ({"objective": gk.HybridObjective(supervised=gk.GIFT())}, ValueError, "reference must be True for GIFT"),
         ({"objective": gk.HybridObjective(kl_coef=0.1)}, ValueError, "reference must be True"),
         ({"controller": "kl"}, ValueError, "reference must be True"),
         ({"controller_config": gk.ControllerConfig(alpha=gk.KLTarget())}, ValueError, "reference must be True"),

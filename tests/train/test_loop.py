@@ -59,6 +59,7 @@ VARIANTS = {
     "micro-batches": {"micro_batches": 2, "updates_per_rollout": 2, "temperature": 1.3},
     "hpt": {"controller": "hpt", "hpt_gamma": 0.2},
     "demonstrations alone": {"prompts_per_step": 0, "controller": "fixed", "mu": 1.0},
+    "gift": {"reference": True, "objective": gk.HybridObjective(supervised=gk.GIFT(2.0)), "warmup_sft_steps": 1},
 }
 
 
@@ -139,6 +140,40 @@ def test_the_step_follows_the_gradient_of_the_weighted_branches(controller):
     assert logged["supervised_loss"] == pytest.approx(supervised.item(), rel=1e-9)
     assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)  # mu is a float32 number
     assert logged["reward"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("head", ["auto", "logits"])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_gift_compares_with_the_model_that_the_run_started_from(head, scale, monkeypatch):
+    """Against q ~ p0 e^(beta 1[k=y]) in plain softmax, once the policy has left its start; also where the base's logits
+    are scaled, which its hidden states do not tell."""
+    objective = gk.HybridObjective(supervised=gk.GIFT(2.0))
+    settings = {"dtype": "float64", "controller": "fixed", "mu": 1.0, "prompts_per_step": 0, "learning_rate": 0.1}
+    trainer = Trainer(small(objective=objective, reference=True, head=head, **settings))
+    start = copy.deepcopy(trainer.model)
+    steps(trainer, 3)
+    if scale != 1.0:
+        base, plain = trainer.reference, trainer.reference.model.forward
+        monkeypatch.setattr(base, "head", base.head and replace(base.head, scale=scale))
+
+        def scaled(*args, **kwargs):
+            output = plain(*args, **kwargs)
+            output.logits = scale * output.logits
+            return output
+
+        monkeypatch.setattr(base.model, "forward", scaled)
+    model = copy.deepcopy(trainer.model)
+    logged = trainer.step()
+    batch = trainer._batch
+    width = batch.prompt_mask.shape[1]
+    assert batch.prompt_mask.all()
+    logits, base_logits = (m(batch.input_ids).logits[:, width - 1 : -1] for m in (model, start))
+    target = torch.nn.functional.one_hot(batch.targets, logits.shape[-1]).double()
+    q = (scale * base_logits + 2.0 * target).softmax(-1)
+    losses = -(q * logits.log_softmax(-1)).sum(-1)
+    assert logged["supervised_loss"] == pytest.approx(losses[batch.response_mask].mean().item(), rel=1e-9)
+    plain_loss = -(target * logits.log_softmax(-1)).sum(-1)[batch.response_mask].mean().item()
+    assert abs(logged["supervised_loss"] - plain_loss) > 1e-3  # else the test would not see a missing base
 
 
 def test_the_ratio_is_exactly_one_on_the_first_update_of_a_batch_and_moves_on_the_next():
