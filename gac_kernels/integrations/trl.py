@@ -1,10 +1,11 @@
-"""TRL's GRPOTrainer with our head, and with demonstrations mixed in by a controller.
+"""TRL's GRPOTrainer with our head, and with demonstrations mixed in by a controller; its SFTTrainer with our losses.
 
     attach(trainer)                                   TRL's own losses, their log-probs and entropies from our head
     attach(trainer, demonstrations="demonstration")   and (1 - mu) RL + mu SFT, mu set by GAC
+    attach_sft(sft_trainer, objective=NLL("phi"))     or GIFT: supervised losses from hidden states
 
-``GACGRPOTrainer`` takes the same arguments in its constructor, for those who subclass. Neither changes TRL outside this
-one trainer, except while it runs a forward pass.
+``GACGRPOTrainer`` takes attach()'s arguments in its constructor, for those who subclass. None of them changes TRL
+outside this one trainer, except while it runs a forward pass.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from ..objectives import HybridObjective
 from ..types import SCALARS, HybridLoss
 from . import _trl_head, _trl_loss
 from ._trl_loss import COUNT, IDS, MASK
+from ._trl_sft import SFTAttachment, attach_sft
+
+__all__ = ["STATE_FILE", "Attachment", "GACGRPOTrainer", "SFTAttachment", "attach", "attach_sft"]  # noqa: F822
 
 STATE_FILE = "gac_controller.pt"  # in TRL's checkpoint directory
 _SUMMED = ("policy_loss", "supervised_loss")  # over micro-batches, which divide by the step's counts
@@ -98,7 +102,9 @@ def attach(
     from trl import GRPOTrainer
 
     if not isinstance(trainer, GRPOTrainer):
-        raise TypeError(f"trainer must be a trl.GRPOTrainer, got {type(trainer).__name__}")
+        raise TypeError(
+            f"trainer must be a trl.GRPOTrainer (an SFTTrainer goes to attach_sft), got {type(trainer).__name__}"
+        )
     if "_gac" in trainer.__dict__:
         raise ValueError("trainer is attached already: attach() once, with all its arguments")
     if head:
