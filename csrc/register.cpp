@@ -15,11 +15,11 @@
 STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) {
     m.impl("token_loss", TORCH_BOX(&gac::token_loss));
     m.impl("token_weights", TORCH_BOX(&gac::token_weights));
-    m.impl("row_statistics", TORCH_BOX(&gac::row_statistics));
-    m.impl("row_gradient", TORCH_BOX(&gac::row_gradient));
-    m.impl("row_gradient_", TORCH_BOX(&gac::row_gradient_));
-    m.impl("fused_rows", TORCH_BOX(&gac::fused_rows));
-    m.impl("fused_rows_", TORCH_BOX(&gac::fused_rows_));
+    m.impl("row_statistics", TORCH_BOX(&gac::CpuRowOps::row_statistics));
+    m.impl("row_gradient", TORCH_BOX(&gac::CpuRowOps::row_gradient));
+    m.impl("row_gradient_", TORCH_BOX(&gac::CpuRowOps::row_gradient_));
+    m.impl("fused_rows", TORCH_BOX(&gac::CpuRowOps::fused_rows));
+    m.impl("fused_rows_", TORCH_BOX(&gac::CpuRowOps::fused_rows_));
     m.impl("scale_", TORCH_BOX(&gac::scale_));
 }
 

@@ -39,6 +39,16 @@ def _load_compiled() -> tuple[bool, str]:
     return True, f"compiled module, {module.instruction_set()} instructions"
 
 
+def _load_cuda() -> str:
+    """Load ``gac_kernels._CUDA``, whose loading fills the operators' forms for CUDA C++; on machines with CUDA alone."""
+    if importlib.util.find_spec("gac_kernels._CUDA") is None:
+        return "gac_kernels._CUDA is not built: no CUDA toolkit was found at installation"
+    if not torch.cuda.is_available():
+        return "gac_kernels._CUDA is not loaded: no CUDA device is visible"
+    importlib.import_module("gac_kernels._CUDA")
+    return "compiled module"
+
+
 _said_uncompiled = False
 
 
@@ -79,9 +89,13 @@ _TRITON = {
 }
 
 
+def _forms(name: str) -> tuple[str, ...]:
+    return name, f"{name}_reference", f"{name}_triton", f"{name}_cuda"
+
+
 def _define(name: str) -> None:
     plain, triton = getattr(eager, name), _triton(_TRITON[name], name)
-    for form in (name, f"{name}_reference", f"{name}_triton"):
+    for form in _forms(name):
         _lib.define(form + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"gac_kernels::{form}", FAKES[name], lib=_lib)
     _lib.impl(f"{name}_reference", plain, "CompositeExplicitAutograd")
@@ -97,10 +111,11 @@ has_triton = importlib.util.find_spec("triton") is not None
 _compiled, _compiled_why = _load_compiled()
 for _name in SCHEMAS:
     _define(_name)
+_cuda_why = _load_cuda()
 _overloads = {
     form: getattr(torch.ops.gac_kernels, form).default
     for name in SCHEMAS
-    for form in (name, f"{name}_reference", f"{name}_triton")
+    for form in _forms(name)
 }
 
 
@@ -115,10 +130,21 @@ def define_composite(name: str, function: Callable[..., Any]) -> Callable[..., A
 
 def call(name: str, *args: Any) -> Any:
     """Call the form of operator ``name`` that :func:`use_backend` asks for, else the device's own."""
-    form = name if _forced in (None, "cpu", "cuda") else f"{name}_{_forced}"
-    if _forced in ("cpu", "cuda") and args[0].device.type != _forced:
-        raise ValueError(f"backend {_forced!r} was forced, but {name}'s tensors are on {args[0].device}")
+    form = name if _forced in (None, "cpu") else f"{name}_{_forced}"
+    if _forced is not None:
+        _check_device(name, args[0].device)
     return _overloads[form](*args)
+
+
+def _check_device(name: str, device: torch.device) -> None:
+    if (_forced == "cpu" and device.type != "cpu") or (_forced == "cuda" and device.type not in _cuda_devices()):
+        raise ValueError(f"backend {_forced!r} was forced, but {name}'s tensors are on {device}")
+
+
+def _cuda_devices() -> list[str]:
+    """Device types that CUDA C++ serves: "cuda", and "cpu" where the kernels' emulation is loaded, by tests."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [key.lower() for key in ("CUDA", "CPU") if has("gac_kernels::fused_rows_cuda", key)]
 
 
 def forced_backend() -> str | None:
@@ -145,8 +171,8 @@ def use_backend(name: str) -> Iterator[None]:
         raise RuntimeError(f"backend 'cpu' is not available: {_compiled_why}")
     if name == "triton" and not has_triton:
         raise RuntimeError("backend 'triton' is not available: the triton package is not installed")
-    if name == "cuda":
-        raise RuntimeError("backend 'cuda' is not available: this version carries no CUDA C++ kernels")
+    if name == "cuda" and not _cuda_devices():
+        raise RuntimeError(f"backend 'cuda' is not available: {_cuda_why}")
     before, _forced = _forced, name
     try:
         yield

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../math/codes.h"
-#include "tensors.h"
+#include "../tensors.h"
 
 namespace gac {
 

@@ -1,7 +1,7 @@
 // Elements in memory to and from AVX2 lanes (with F16C). See elements_avx512.h.
 #pragma once
 
-#include "rows.h"
+#include "../rows.h"
 #include "vec_avx2.h"
 
 namespace GAC_NAMESPACE {

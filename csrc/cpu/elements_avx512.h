@@ -2,7 +2,7 @@
 // in the group alone: natural order, or where Interleaved, even elements in the first vector and odd ones in the second.
 #pragma once
 
-#include "rows.h"
+#include "../rows.h"
 #include "vec_avx512.h"
 
 namespace GAC_NAMESPACE {

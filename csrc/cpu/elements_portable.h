@@ -1,7 +1,7 @@
 // Elements in memory to and from four floats, or one double, on any CPU. See elements_avx512.h.
 #pragma once
 
-#include "rows.h"
+#include "../rows.h"
 #include "vec_double.h"
 #include "vec_portable.h"
 

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "token_loss.h"
+#include "../token_loss.h"
 
 namespace gac {
 

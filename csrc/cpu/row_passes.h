@@ -7,7 +7,7 @@
 #pragma once
 
 #include "../math/config.h"
-#include "rows.h"
+#include "../rows.h"
 
 namespace GAC_NAMESPACE {
 

@@ -3,7 +3,7 @@
 
 #include "../math/terms.h"
 #include "row_passes.h"
-#include "rows.h"
+#include "../rows.h"
 
 namespace GAC_NAMESPACE {
 

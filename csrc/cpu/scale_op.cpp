@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "isa.h"
-#include "rows.h"
+#include "../rows.h"
 
 namespace gac {
 namespace {

@@ -10,7 +10,7 @@
 #include "branches.h"
 #include "groups.h"
 #include "parallel.h"
-#include "token_loss.h"
+#include "../token_loss.h"
 
 namespace gac {
 namespace {

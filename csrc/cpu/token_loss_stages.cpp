@@ -1,6 +1,6 @@
 // Which instruction set's stages serve this CPU.
 #include "isa.h"
-#include "token_loss.h"
+#include "../token_loss.h"
 
 namespace gac {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../math/terms.h"
-#include "token_loss.h"
+#include "../token_loss.h"
 #include "vector_loop.h"
 
 namespace GAC_NAMESPACE {

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "branches.h"
-#include "token_loss.h"
+#include "../token_loss.h"
 
 namespace gac {
 namespace {

@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "tensors.h"
+#include "../tensors.h"
 
 namespace gac {
 

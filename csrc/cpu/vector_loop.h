@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../math/config.h"
-#include "token_loss.h"
+#include "../token_loss.h"
 
 namespace GAC_NAMESPACE {
 

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "../math/codes.h"
+#include "math/codes.h"
 
 namespace gac {
 

@@ -32,14 +32,37 @@ inline int32_t dtype_of(const Tensor& tensor) {
     return dtype;
 }
 
+struct Device {
+    int32_t type = aoti_torch_device_type_cpu(), index = 0;
+};
+
+inline Device device_of(const Tensor& tensor) {
+    Device device;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+    return device;
+}
+
 // The arguments of one operator; errors name both.
 struct Inputs {
     const char* op;
+    const Tensor* like = nullptr;  // whose device all must be on; null: the CPU
 
-    // The data of a contiguous CPU tensor of `size` elements; bool comes as bytes.
+    void check_device(const char* name, const Tensor& tensor) const {
+        if (!like) {
+            STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
+            return;
+        }
+        const Device ours = device_of(*like), theirs = device_of(tensor);
+        STD_TORCH_CHECK(
+            ours.type == theirs.type && (ours.index == theirs.index || tensor.is_cpu()), op, ": ", name,
+            " must be on the device of the operator's first tensor");
+    }
+
+    // The data of a contiguous tensor of `size` elements; bool comes as bytes.
     template <class T>
     const T* data(const char* name, const Tensor& tensor, int64_t size) const {
-        STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
+        check_device(name, tensor);
         const Dtype expected = dtype_of<T>();
         const int32_t dtype = dtype_of(tensor);
         const bool bytes = std::is_same_v<T, uint8_t> && dtype == aoti_torch_dtype_uint8();
@@ -62,18 +85,18 @@ struct Inputs {
     }
 };
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, Device device = {}) {
     int64_t strides[3] = {1, 1, 1};  // contiguous, of at most three dimensions
     for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes.begin()[d];
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+        static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device.type, device.index, &handle));
     return Tensor(handle);
 }
 
 template <class T>
-Tensor empty(std::initializer_list<int64_t> sizes) {
-    return empty(sizes, dtype_of<T>().code);
+Tensor empty(std::initializer_list<int64_t> sizes, Device device = {}) {
+    return empty(sizes, dtype_of<T>().code, device);
 }
 
 // Shaped as `like`, which is contiguous and of the same dtype.
@@ -81,12 +104,13 @@ inline Tensor empty_as(const Tensor& like) {
     int64_t dims, *sizes, *strides;
     int32_t dtype;
     AtenTensorHandle handle;
+    const Device device = device_of(like);
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(like.get(), &dims));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(like.get(), &sizes));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(like.get(), &strides));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
     TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
     return Tensor(handle);
 }
 

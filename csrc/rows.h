@@ -6,7 +6,15 @@
 
 #include "token_loss.h"
 
+#ifdef __CUDACC__
+#define GAC_SHARED_INLINE __host__ __device__ __forceinline__
+#else
+#define GAC_SHARED_INLINE __attribute__((always_inline))
+#endif
+
 namespace gac {
+
+enum class RowTask { kStatistics, kGradient, kFused };
 
 enum class Element { kFloat, kBfloat16, kHalf, kDouble };
 
@@ -15,7 +23,7 @@ struct Grid {
     char* data;
     int64_t inner, stride_outer, stride_inner;  // inner: B
 
-    __attribute__((always_inline)) char* row(int64_t n) const {
+    GAC_SHARED_INLINE char* row(int64_t n) const {
         return data + n / inner * stride_outer + n % inner * stride_inner;
     }
 };

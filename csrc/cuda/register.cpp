@@ -1,0 +1,19 @@
+// The operators on CUDA C++: the forms `<operator>_cuda` that gac_kernels/library.py defines. Implementations only, through
+// the LibTorch stable ABI: one binary serves every torch from 2.10 on. Built with GAC_EMULATE, the same operators take
+// tensors on the CPU and run their kernels on host threads, for tests.
+#include <torch/csrc/stable/library.h>
+
+#include "rows_op.h"
+
+#ifdef GAC_EMULATE
+STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CUDA, m) {
+#endif
+    m.impl("row_statistics_cuda", TORCH_BOX(&gac::cuda::RowOps::row_statistics));
+    m.impl("row_gradient_cuda", TORCH_BOX(&gac::cuda::RowOps::row_gradient));
+    m.impl("row_gradient__cuda", TORCH_BOX(&gac::cuda::RowOps::row_gradient_));
+    m.impl("fused_rows_cuda", TORCH_BOX(&gac::cuda::RowOps::fused_rows));
+    m.impl("fused_rows__cuda", TORCH_BOX(&gac::cuda::RowOps::fused_rows_));
+    m.impl("scale__cuda", TORCH_BOX(&gac::cuda::scale_));
+}
