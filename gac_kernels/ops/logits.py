@@ -176,12 +176,13 @@ def check_outputs(outputs: tuple[str, ...]) -> None:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, kind: Tensor, temperature: Tensor | None, static: tuple[float, ...]
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, logits: Tensor, targets: Tensor, kind: Tensor, temperature: Tensor | None, inplace: bool,
+        static: tuple[float, ...],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         logprobs, entropy, sum_sq, normalizer, _ = library.call(
             "row_statistics", logits, targets, kind, temperature, None, *static
         )
-        ctx.static = static
+        ctx.inplace, ctx.spent, ctx.static = inplace, False, static
         ctx.save_for_backward(logits, targets, kind, temperature, normalizer, entropy)
         ctx.mark_non_differentiable(sum_sq)
         ctx.set_materialize_grads(False)
@@ -189,17 +190,30 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor | None, entropy_slope: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        logits, targets, kind, temperature, normalizer, entropy = ctx.saved_tensors
+        nothing = (None,) * 5
         if slope is None and entropy_slope is None:
-            return None, None, None, None, None
+            return None, *nothing
+        if ctx.spent:  # before the saved tensors are asked for, whose own complaint would not say what to do
+            raise RuntimeError(
+                "second backward through log-probs whose gradient was written over the logits: call token_logprobs "
+                "with inplace=False"
+            )
+        logits, targets, kind, temperature, normalizer, entropy = ctx.saved_tensors
         with torch.no_grad():
-            gradient = library.call(
-                "row_gradient", logits, targets, kind, temperature, None, normalizer, entropy,
+            rows = (
+                logits, targets, kind, temperature, None, normalizer, entropy,
                 torch.zeros_like(entropy) if slope is None else slope.contiguous(),
                 None if entropy_slope is None else entropy_slope.contiguous(), *ctx.static,
             )  # fmt: skip
+            if ctx.inplace:
+                ctx.spent = True
+                library.call("row_gradient_", *rows)
+                torch.autograd.graph.increment_version(logits)
+                gradient = logits.detach()
+            else:
+                gradient = library.call("row_gradient", *rows)
         upstream = [grad for grad in (slope, entropy_slope) if grad is not None]
-        return first_order_only(gradient, logits, *upstream), None, None, None, None
+        return first_order_only(gradient, logits, *upstream), *nothing
 
 
 def token_logprobs(
@@ -209,6 +223,7 @@ def token_logprobs(
     mask: Tensor | None = None,
     transform: LogitTransform | None = PLAIN,
     outputs: tuple[str, ...] = OUTPUTS,
+    inplace: bool = False,
 ) -> TokenLogprobs:
     """Log-prob of each target, entropy and sum of p squared of each row of logits, differentiable for any loss.
 
@@ -222,6 +237,8 @@ def token_logprobs(
         transform: logit scale, soft cap and temperature; a temperature a sequence, ``(S,)``, goes with the first
             dimension of ``targets``.
         outputs: which of ``"logprobs"``, ``"entropy"``, ``"sum_sq"`` to return; the others are None.
+        inplace: backward writes the gradient over the logits, whose values are lost then; it needs no more memory, and
+            a second one raises. Under torch.compile, which plans memory itself, the gradient is a new tensor.
 
     Returns:
         TokenLogprobs in float32 (float64 for float64 logits), shaped as ``targets``. ``logprobs`` and ``entropy``
@@ -239,9 +256,13 @@ def token_logprobs(
     live = targets.ne(IGNORE_INDEX) if mask is None else mask.bool() & targets.ne(IGNORE_INDEX)
     check_targets("targets", targets, live, logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    inplace = inplace and not torch.compiler.is_compiling()
+    rows = as_rows(logits)
+    if inplace:
+        check_writable(logits, rows)
     results = _TokenLogprobs.apply(
-        as_rows(logits), targets.reshape(-1), live.reshape(-1).to(torch.uint8),
-        row_temperature(transform, targets, dtype), encode_rows(transform, None),
+        rows, targets.reshape(-1), live.reshape(-1).to(torch.uint8), row_temperature(transform, targets, dtype),
+        inplace, encode_rows(transform, None),
     )  # fmt: skip
     named = dict(zip(OUTPUTS, (value.view(targets.shape) for value in results), strict=True))
     return TokenLogprobs(**{name: named[name] if name in outputs else None for name in OUTPUTS})
