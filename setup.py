@@ -94,6 +94,10 @@ class BuildExtension(build_ext):
         self.compiler._compile, self.compiler.compile = compile_unit, compile_side_by_side
 
 
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
 def extensions() -> list[Extension]:
     torch = find_torch()
     if enabled("GAC_KERNELS_SKIP_EXT"):
@@ -104,8 +108,8 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "gac_kernels._C",
-            sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-            depends=["setup.py", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))],
+            sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
+            depends=["setup.py", *sources("csrc/*.h", "csrc/*/*.h")],
             define_macros=[
                 ("TORCH_TARGET_VERSION", "0x020a000000000000"),
                 *([("Py_LIMITED_API", "0x030a0000")] if LIMITED_API else []),

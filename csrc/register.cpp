@@ -6,6 +6,7 @@
 
 #include <exception>
 
+#include "cpu/controller_op.h"
 #include "cpu/isa.h"
 #include "cpu/rows_op.h"
 #include "cpu/scale_op.h"
@@ -21,6 +22,7 @@ STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) {
     m.impl("fused_rows", TORCH_BOX(&gac::CpuRowOps::fused_rows));
     m.impl("fused_rows_", TORCH_BOX(&gac::CpuRowOps::fused_rows_));
     m.impl("scale_", TORCH_BOX(&gac::scale_));
+    m.impl("controller_step", TORCH_BOX(&gac::controller_step<gac::CpuController>));
 }
 
 namespace {

@@ -13,7 +13,10 @@ namespace GAC_NAMESPACE {
 using gac::Element;
 using gac::Grid;
 using gac::kDead;
+using gac::kDemonstration;
 using gac::kElsewhere;
+using gac::kRollout;
+using gac::RowsCall;
 
 // Denormal numbers cost hundreds of cycles each and mean nothing here: probabilities below 1e-38.
 struct WithoutDenormals {

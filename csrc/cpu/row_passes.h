@@ -6,7 +6,7 @@
 // alone, and nothing on threads, neighbours or strides.
 #pragma once
 
-#include "../math/config.h"
+#include "../math/rows.h"
 #include "../rows.h"
 
 namespace GAC_NAMESPACE {
@@ -35,19 +35,6 @@ GAC_INLINE double first_lane(V v) {
     typename V::Scalar lane[V::Lanes];
     v.store(lane);
     return static_cast<double>(lane[0]);
-}
-
-template <class V>
-struct Tanh {
-    V value, slope;
-};
-
-// tanh x and its derivative 1 / cosh^2 x, both to full relative precision: with m = e^(2 |x|) - 1, m / (m + 2) and
-// 4 (m + 1) / (m + 2)^2. Beyond 40 nothing changes that a float could show.
-template <class V>
-GAC_INLINE Tanh<V> tanh(V x) {
-    const V m = exp_parts(lesser(V(80), V(2) * abs(x))).minus_one, r = reciprocal(m + V(2)), t = m * r;
-    return {select(x < V(0), -t, t), (m + V(1)) * r * (V(4) * r)};
 }
 
 // z = factor * raw, or factor * tanh(inner * raw) with a soft cap, and dz / draw.
@@ -142,10 +129,6 @@ GAC_INLINE typename V::Scalar largest_of(const typename E::Stored* x, int64_t be
         for (const V& each : chain) all = greater(all, each);
     return largest_lane(all);
 }
-
-struct Moments {
-    double top, log_sum, entropy, sum_sq;  // top: the maximum of z
-};
 
 // Maximum, log of the sum of exponentials, entropy and sum of p^2 of a row. `Store`: also leaves e^(z - block_top) in
 // `out`, which may be the row itself, for gradient_of_stored.
@@ -260,30 +243,6 @@ __attribute__((noinline)) void short_gradient(
         group(from, to);
     });
     while ((whole -= E::Group) >= 0) group(x + whole, out + whole);
-}
-
-// GIFT's target q ~ p0 e^(beta 1[k = y]) with p0 smoothed by lam (arXiv 2601.09233): q_k = p0_k / D off the target.
-struct Gift {
-    bool on;
-    double top, log_sum;          // of the base row
-    double keep, uniform;         // p0_k = keep softmax(base)_k + uniform
-    double inverse, target;       // 1 / D, and q_y
-    double excess;                // q_y - p0_y / D
-};
-
-// `base_y`: the target's base logit.
-inline Gift gift_target(const Moments& base, double base_y, double beta, double smooth, int64_t columns) {
-    const double keep = 1 - smooth, uniform = smooth / static_cast<double>(columns);
-    const double log_p = base_y - base.top - base.log_sum;
-    const double p = keep * __builtin_exp(log_p) + uniform;
-    // In log space: e^beta overflows, and p may be far below its rounding.
-    const double log_p0 = smooth > 0 ? __builtin_log(p) : log_p;
-    const double raised = log_p0 + beta, rest = __builtin_log1p(-(p < 1 ? p : 1));
-    const double high = raised > rest ? raised : rest, low = raised > rest ? rest : raised;
-    const double log_d = high + __builtin_log1p(__builtin_exp(low - high));
-    const double inverse = __builtin_exp(-log_d), target = __builtin_exp(raised - log_d);
-    const double excess = target - p * inverse;  // not below 0 but for rounding, which an infinite logit would meet
-    return {true, base.top, base.log_sum, keep, uniform, inverse, target, excess > 0 ? excess : 0};
 }
 
 }  // namespace GAC_NAMESPACE

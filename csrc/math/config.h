@@ -11,8 +11,10 @@
 
 #ifdef __CUDACC__
 #define GAC_INLINE __host__ __device__ __forceinline__
+#define GAC_LIBM(function) ::function
 #else
 #define GAC_INLINE inline __attribute__((always_inline))
+#define GAC_LIBM(function) __builtin_##function
 #endif
 
 // A lane type V is a float, a double, or a pack of them that behaves like one. Besides + - * /, unary -, comparisons

@@ -1,0 +1,240 @@
+// What kernels with one block a sequence share: packs of tokens, sums over a block in a fixed order, counts and weights.
+#pragma once
+
+#include "lane.cuh"
+#include "token_loss.h"
+
+namespace gac::cuda {
+
+constexpr int kSequenceThreads = 192;
+// Of a multiprocessor: what leaves a thread 168 registers, and in float64 255.
+template <class T>
+constexpr int kSequenceBlocks = sizeof(T) == 4 ? 2 : 1;
+
+// Packs: 16 bytes of a stream, which one thread works on ---------------------------------------------------------------
+
+template <class T>
+struct alignas(16) Pack {
+    static constexpr int Size = 16 / static_cast<int>(sizeof(T));
+    T at[Size];
+};
+
+// Elements [i, i + Size) of a stream, or nothing; 0 from `end` on. `whole`: all are there, and aligned.
+template <class T>
+GAC_DEVICE Pack<T> load_pack(const T* from, int64_t i, int64_t end, bool whole) {
+    Pack<T> pack{};
+    if (!from) return pack;
+    if (whole) {
+        const Bytes16 bytes = load_once(from + i);
+        memcpy(&pack, &bytes, sizeof pack);
+    } else {
+#pragma unroll
+        for (int k = 0; k < Pack<T>::Size; ++k) pack.at[k] = i + k < end ? from[i + k] : T(0);
+    }
+    return pack;
+}
+
+template <class T>
+GAC_DEVICE void store_pack(T* to, int64_t i, int64_t end, bool whole, const Pack<T>& pack) {
+    if (!to) return;
+    if (whole) {
+        Bytes16 bytes;
+        memcpy(&bytes, &pack, sizeof bytes);
+        *reinterpret_cast<Bytes16*>(to + i) = bytes;
+    } else {
+#pragma unroll
+        for (int k = 0; k < Pack<T>::Size; ++k)
+            if (i + k < end) to[i + k] = pack.at[k];
+    }
+}
+
+// Bit k: token i + k counts.
+template <int Size>
+GAC_DEVICE uint32_t live_bits(const uint8_t* mask, int64_t i, int64_t end, bool whole) {
+    static_assert(Size == 2 || Size == 4);
+    uint32_t bits = 0;
+    if (whole) {
+        uint32_t bytes;
+        if (Size == 4)
+            bytes = *reinterpret_cast<const uint32_t*>(mask + i);
+        else
+            bytes = *reinterpret_cast<const uint16_t*>(mask + i);
+#pragma unroll
+        for (int k = 0; k < Size; ++k) bits |= (bytes >> 8 * k & 0xffu ? 1u : 0u) << k;
+    } else {
+#pragma unroll
+        for (int k = 0; k < Size; ++k) bits |= (i + k < end && mask[i + k] ? 1u : 0u) << k;
+    }
+    return bits;
+}
+
+// Whether packs from at + i on may be read and written as a whole; a stream that is absent is no obstacle.
+template <class T>
+GAC_DEVICE bool aligned(const T* at, int64_t i) {
+    return !at || reinterpret_cast<uintptr_t>(at + i) % (sizeof(T) == 1 ? 4 : 16) == 0;
+}
+
+// Sums over the block ---------------------------------------------------------------------------------------------------
+
+constexpr int kMostSums = 16;
+constexpr int sequence_shared_bytes(int threads) {
+    return static_cast<int>(sizeof(double)) * (threads / kWarp + 1) * kMostSums;
+}
+
+// Gives away those `Half` values that the partner goes on with, and takes its others, down to one value.
+template <int Half, int K>
+GAC_DEVICE void halve(double (&value)[K]) {
+    if constexpr (Half > 0) {
+        const bool upper = lane() & Half;
+#pragma unroll
+        for (int i = 0; i < Half; ++i) {
+            const double mine = upper ? value[i + Half] : value[i], theirs = upper ? value[i] : value[i + Half];
+            value[i] = mine + shuffle_xor(theirs, Half);
+        }
+        halve<Half / 2>(value);
+    }
+}
+
+// The warp's sum of value[l % K] in lane l; 16 sums take 16 exchanges and not 80.
+template <int K>
+GAC_DEVICE double warp_sums(double (&value)[K]) {
+    static_assert((K & (K - 1)) == 0 && K <= kMostSums);
+    halve<K / 2>(value);
+    double sum = value[0];
+#pragma unroll
+    for (int by = kWarp / 2; by >= K; by /= 2) sum += shuffle_xor(sum, by);
+    return sum;
+}
+
+// Every value becomes its sum over the block's threads, the same bits in each. The barrier inside also orders whatever the
+// threads wrote before it. One call may follow another: each has read its totals before any thread can write new ones.
+template <int K>
+GAC_DEVICE void block_sums(double (&value)[K], double* shared) {
+    double* const totals = shared + threads() / kWarp * kMostSums;
+    const double own = warp_sums(value);
+    if (lane() < K) shared[warp() * kMostSums + lane()] = own;
+    barrier();
+    if (thread() < K) {
+        double sum = 0;
+        for (int w = 0; w < threads() / kWarp; ++w) sum += shared[w * kMostSums + thread()];
+        totals[thread()] = sum;
+    }
+    barrier();
+#pragma unroll
+    for (int k = 0; k < K; ++k) value[k] = totals[k];
+}
+
+// What `merge`, which does not depend on its arguments' order, makes of the values of all threads.
+template <class F>
+GAC_DEVICE double over_block(double value, const F& merge, double* shared) {
+    double* const total = shared + threads() / kWarp * kMostSums;
+    value = over_warp(value, merge);
+    if (lane() == 0) shared[warp() * kMostSums] = value;
+    barrier();
+    if (thread() == 0) {
+        for (int w = 1; w < threads() / kWarp; ++w) value = merge(value, shared[w * kMostSums]);
+        *total = value;
+    }
+    barrier();
+    return *total;
+}
+
+// nan wins in both, as in torch.
+GAC_DEVICE double smaller(double a, double b) { return a != a || a < b ? a : b; }
+GAC_DEVICE double larger(double a, double b) { return a != a || a > b ? a : b; }
+
+// Sequences -------------------------------------------------------------------------------------------------------------
+
+struct Span {
+    int64_t begin, end;
+};
+
+GAC_DEVICE int64_t inside(int64_t offset, int64_t tokens) { return offset < 0 ? 0 : offset < tokens ? offset : tokens; }
+
+GAC_DEVICE Span span(const TokenSequences& batch, int64_t s) {
+    if (!batch.offsets) return {s * batch.seq_len, (s + 1) * batch.seq_len};
+    const int64_t begin = inside(batch.offsets[s], batch.tokens), end = inside(batch.offsets[s + 1], batch.tokens);
+    return {begin, end > begin ? end : begin};
+}
+
+// How many of 16 bytes are not 0.
+GAC_DEVICE uint32_t count_bytes(const Bytes16& bytes) {
+    uint32_t sum = 0;
+#pragma unroll
+    for (const uint32_t word : bytes.word) {
+        const uint32_t top = ((word & 0x7f7f7f7fu) + 0x7f7f7f7fu) | word;  // the highest bit of each byte that is not 0
+        sum += ((top >> 7 & 0x01010101u) * 0x01010101u) >> 24;
+    }
+    return sum;
+}
+
+// This thread's part of the live tokens of a sequence, in blocks of 16 bytes wherever it begins.
+GAC_DEVICE int64_t count_live(const uint8_t* mask, Span own) {
+    int64_t count = 0;
+    const int64_t before = static_cast<int64_t>(reinterpret_cast<uintptr_t>(mask + own.begin) % 16);
+    for (int64_t i = own.begin - before + 16 * thread(); i < own.end; i += 16 * threads()) {
+        if (i >= own.begin && i + 16 <= own.end) {
+            count += count_bytes(load_once(mask + i));
+        } else {
+            for (int64_t k = i < own.begin ? own.begin : i; k < i + 16 && k < own.end; ++k) count += mask[k] != 0;
+        }
+    }
+    return count;
+}
+
+// Adds a sequence to what its block has counted (SequenceCount::of_block).
+GAC_DEVICE void add_sequence(int64_t (&of_block)[4], bool expert, int64_t live) {
+    of_block[0] += expert ? 0 : live;
+    of_block[1] += !expert && live > 0;
+    of_block[2] += expert ? live : 0;
+    of_block[3] += expert && live > 0;
+}
+
+// 1 / what a branch divides its tokens by, but for the part that differs between sequences.
+struct BranchWeights {
+    double policy, supervised;
+};
+
+template <class T>
+GAC_DEVICE double own_count(const BranchRule<T>& rule, double tokens, double sequences) {
+    return rule.denominator ? static_cast<double>(*rule.denominator) : rule.aggregation == kTokenMean ? tokens : sequences;
+}
+
+// Denominators of the branches; `counted`: all blocks have left their counts, else they are not needed.
+template <class Call>
+GAC_DEVICE BranchWeights denominators(const Call& call, bool counted, double* shared) {
+    double own[4] = {0, 0, 0, 0};
+    if (counted) {
+        for (int64_t b = thread(); b < blocks(); b += threads()) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) own[k] += static_cast<double>(call.counts[b].of_block[k]);
+        }
+        block_sums(own, shared);
+    }
+    return {own_count(call.policy, own[0], own[1]), own_count(call.supervised, own[2], own[3])};
+}
+
+// The weight of every token of a sequence; 0 without any.
+template <class Call>
+GAC_DEVICE double token_weight(const Call& call, const BranchWeights& denominator, bool expert, int64_t live) {
+    if (live == 0) return 0;
+    const int aggregation = expert ? call.supervised.aggregation : call.policy.aggregation;
+    const double norm_length = expert ? call.supervised.norm_length : call.policy.norm_length;
+    const double length = aggregation == kSeqMeanTokenMean      ? static_cast<double>(live)
+                          : aggregation == kSeqMeanTokenSumNorm ? norm_length
+                                                                : 1.0;
+    return 1.0 / (length * (expert ? denominator.supervised : denominator.policy));
+}
+
+// Zeros for the tokens of no sequence, before the first offset and behind the last, shared out among all threads.
+template <class T>
+GAC_DEVICE void clear_uncovered(const TokenSequences& batch, T* out) {
+    if (!batch.offsets || !out) return;
+    const int64_t head = inside(batch.offsets[0], batch.tokens);
+    const int64_t tail = inside(batch.offsets[batch.sequences], batch.tokens);
+    const int64_t first = block() * threads() + thread(), step = blocks() * threads();
+    for (int64_t i = first; i < head; i += step) out[i] = T(0);
+    for (int64_t i = tail + first; i < batch.tokens; i += step) out[i] = T(0);
+}
+
+}  // namespace gac::cuda
