@@ -8,8 +8,9 @@
 
 mu* minimises (mu - alpha)^2 D + mu^2 sigma_s^2 + (1 - mu)^2 sigma_r^2, a bound on the error of the mixed gradient.
 
-The state is a handful of float64 tensors on the device, replaced and never written in place. The host knows the number
-of the step, and with it when to refresh and where the prior stands; it reads nothing from the device.
+The state is one float64 tensor on the device, replaced and never written in place; one operator, `controller_step`,
+makes the next (gac_kernels/controller_schema.py). The host knows the number of the step, and with it when ranks must
+exchange their signals; it reads nothing from the device.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import controller_schema as schema
 from .config import ConstantPrior, ControllerConfig, CosinePrior, KLTarget
 from .distributed import gather_signals, mean_kl, world_size
-from .signals import Signals, concatenate, estimate, live_policy_tokens, require_alike
+from .library import call
+from .reference.controller import optimal_mu
+from .signals import Signals, concatenate, live_policy_tokens, require_alike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ConstantPrior", "ControllerConfig", "CosinePrior", "GuidedAdaptiveController", "KLTarget"]
+__all__ = ["ConstantPrior", "ControllerConfig", "CosinePrior", "GuidedAdaptiveController", "KLTarget", "optimal_mu"]
 
-# A signal from here on counts as not finite: mu* adds up three of them, and must not overflow.
-LARGEST_SIGNAL = 1e300
-
-# The tensors of a state, by name: shape and dtype.
-STATE = {
-    "mu": ((), torch.float64),
-    "mu_star": ((), torch.float64),
-    "estimate": ((), torch.float64),  # e
-    "alpha": ((), torch.float64),
-    "signals": ((3,), torch.float64),  # EMAs of sigma_s^2, sigma_r^2, Delta^2; 0 until first measured
-    "measured": ((3,), torch.bool),
-    "skipped": ((), torch.float64),
+# The tensors of a state_dict, by name: shape, dtype, and place in the state on the device.
+STATE: dict[str, tuple[tuple[int, ...], torch.dtype, int | slice]] = {
+    "mu": ((), torch.float64, schema.MU),
+    "mu_star": ((), torch.float64, schema.MU_STAR),
+    "estimate": ((), torch.float64, schema.ESTIMATE),  # e
+    "alpha": ((), torch.float64, schema.ALPHA),
+    "signals": ((3,), torch.float64, schema.SIGNALS),  # EMAs of sigma_s^2, sigma_r^2, Delta^2; 0 until first measured
+    "measured": ((3,), torch.bool, schema.MEASURED),
+    "skipped": ((), torch.float64, schema.SKIPPED),
 }
 STATE_VERSION = 1
 
@@ -71,6 +72,10 @@ class GuidedAdaptiveController:
     exchange signals on refresh steps only (plus one small gather of the KL a step under KLTarget). With a group that
     has a CPU backend too ("cpu:gloo,cuda:nccl") no exchange makes the host wait for the device; with "nccl" alone that
     of the row counts does, once a refresh.
+
+    CUDA graphs: observe() and step() of one process can be captured (a KL as a tensor); a replay is then a step, which
+    refreshes by the count on the device. From the capture on the state and `mu` stay where the graph knows them and are
+    written in place, so what must survive a replay has to be copied, and `steps` and state_dict() read the device.
     """
 
     def __init__(
@@ -85,33 +90,37 @@ class GuidedAdaptiveController:
         self.config = config
         self._group = process_group
         self._target = config.alpha if isinstance(config.alpha, KLTarget) else None
+        self._static = schema.encode_config(config)
         self._fingerprint = zlib.crc32(json.dumps(config.as_dict(), sort_keys=True).encode())
-        state = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in STATE.items()}
-        for name in ("mu", "mu_star", "estimate"):
-            state[name].fill_(config.init_mu)
-        state["alpha"].fill_(config.alpha.init if isinstance(config.alpha, KLTarget) else config.alpha)
-        self._restore(state, 0, state["measured"].all())
+        self._observed: list[Signals] = []
+        self._step = 0
+        self._captured = False  # whether a CUDA graph holds the state: it knows the count of steps, and we do not
+        alpha = config.alpha.init if isinstance(config.alpha, KLTarget) else config.alpha
+        mu, prior = config.init_mu, schema.prior_before(config, 0, config.init_mu)
+        state = [mu, mu, mu, alpha, *[0.0] * 6, 0.0, 0.0, prior]
+        self._state = torch.tensor(state, dtype=torch.float64, device=device)
+        self._mu = self._state[schema.MU].float()
 
     @property
     def mu(self) -> Tensor:
         """The mixing weight, 0-d float32 on the device.
 
         A new tensor after each step(), never written in place: what a loss or a logger holds keeps its value, and a
-        backward that runs after step() sees the mu of its own forward.
+        backward that runs after step() sees the mu of its own forward. (In a CUDA graph: see the class.)
         """
         return self._mu
 
     @property
     def steps(self) -> int:
-        """How often step() was called."""
-        return self._step
+        """How often step() was called. Reads the device where a CUDA graph has captured it."""
+        return int(self._state[schema.STEPS].item()) if self._captured else self._step
 
     def observe(self, signals: Signals) -> None:
         """Add a micro-batch's signals to those of the current step. ValueError if the estimator cannot use them."""
         if not isinstance(signals, Signals):
             raise TypeError(f"signals must be Signals, got {type(signals).__name__}")
-        if signals.rows.device != self._state["mu"].device:
-            raise ValueError(f"signals must lie on {self._state['mu'].device}, got {signals.rows.device}")
+        if signals.rows.device != self._state.device:
+            raise ValueError(f"signals must lie on {self._state.device}, got {signals.rows.device}")
         # Only what the estimator reads is kept: micro-batches and ranks may differ in the rest, and it need not travel.
         estimator, rows = self.config.estimator, signals.rows.detach()
         if estimator == "logit":
@@ -135,27 +144,44 @@ class GuidedAdaptiveController:
         Over ranks it is weighted by the observed live RL tokens; pass nan where a rank has none. alpha moves first, so
         that this step's mu* has it. Reads nothing from the device.
         """
-        refresh = self._step % self.config.update_every == 0
+        capturing = self._state.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self._advance(kl, capturing)
+
+    def _advance(self, kl: Tensor | float | None, capturing: bool) -> Tensor:
+        """One step. Captured or after a capture, its count is the device's alone."""
+        fixed = capturing or self._captured
+        refresh = fixed or self._step % self.config.update_every == 0
+        ranks = world_size(self._group)
+        if fixed and ranks > 1:
+            raise RuntimeError(f"step() in a CUDA graph needs a group of one rank, got {ranks}")
         with torch.inference_mode(False):  # mu enters autograd graphs, which cannot save an inference tensor
             read = refresh or self._target is not None
             observed = concatenate(self._observed) if self._observed and read else None
             # What can raise or wait comes before the first change of the state.
-            if self._target is not None:
-                kl_of_all = self._mean_kl(kl, observed)
-            if refresh and world_size(self._group) > 1:
+            of_ranks = None if self._target is None else self._mean_kl(kl, observed)
+            if refresh and ranks > 1:
                 tag = (self._step, self._fingerprint)
-                observed = gather_signals(observed, self._group, self._state["mu"].device, tag)
-            state, ready = dict(self._state), self._ready
-            if self._target is not None:
-                _move_alpha(state, self._target, *kl_of_all)
-            if refresh and observed is not None:
-                self._refresh(state, observed)
-                ready = state["measured"].all()
-            if read:
-                state["mu_star"] = self._optimum(state)
-            self._move_mu(state, ready)
-            self._restore(state, self._step + 1, ready)
+                observed = gather_signals(observed, self._group, self._state.device, tag)
+            state, mu = call("controller_step", self._state, *self._seen(observed if refresh else None, of_ranks))
+            if fixed:  # a replay reads what its capture read
+                self._state.copy_(state)
+                self._mu.copy_(mu)
+            else:
+                self._state, self._mu = state, mu
+        self._captured = fixed
+        self._step += 1
+        self._observed = []
         return self._mu
+
+    def _seen(self, observed: Signals | None, kl: Tensor | None) -> tuple[Any, ...]:
+        """The operator's arguments behind the state."""
+        weights = schema.encode_signals(observed)
+        if observed is None:
+            return None, None, None, kl, *self._static, *weights
+        hidden = observed.hidden
+        if hidden is not None:
+            hidden = (hidden if hidden.dtype == torch.float64 else hidden.float()).contiguous()
+        return observed.rows.contiguous(), hidden, None, kl, *self._static, *weights
 
     def metrics(self) -> dict[str, Tensor]:
         """Copies of the state after the last step(), 0-d on the device: mu in float32, the rest in float64.
@@ -164,22 +190,11 @@ class GuidedAdaptiveController:
         that the last step() used; without a prior it is the estimate, which then stands in its place. skipped counts
         values that were not finite.
         """
-        state, prior = self._state, self.config.prior
-        sigma_s2, sigma_r2, delta2 = state["signals"].clone().unbind()
-        if prior is None:
-            prior_value = state["estimate"].clone()
-        else:
-            prior_value = torch.full_like(state["mu"], prior.value(max(self._step - 1, 0)))
-        return {
-            "gac/mu": self._mu.clone(),
-            "gac/mu_star": state["mu_star"].clone(),
-            "gac/sigma_s2": sigma_s2,
-            "gac/sigma_r2": sigma_r2,
-            "gac/delta2": delta2,
-            "gac/alpha": state["alpha"].clone(),
-            "gac/prior": prior_value,
-            "gac/skipped": state["skipped"].clone(),
-        }
+        numbers = self._state.clone().unbind()
+        names = ("mu_star", "sigma_s2", "sigma_r2", "delta2", "alpha", "prior", "skipped")
+        places = (schema.MU_STAR, *range(7)[schema.SIGNALS], schema.ALPHA, schema.PRIOR, schema.SKIPPED)
+        found = {f"gac/{name}": numbers[place] for name, place in zip(names, places, strict=True)}
+        return {"gac/mu": self._mu.clone(), **found}
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last step(): copies of the tensors, numbers, and the configuration.
@@ -187,8 +202,8 @@ class GuidedAdaptiveController:
         What was observed since is not part of it, as accumulated gradients are not part of an optimizer's: who resumes
         repeats the step. Loads with torch.load(..., weights_only=True).
         """
-        tensors = {name: tensor.clone() for name, tensor in self._state.items()}
-        return {"version": STATE_VERSION, "config": self.config.as_dict(), "step": self._step, **tensors}
+        tensors = {name: self._state[at].to(dtype, copy=True) for name, (_, dtype, at) in STATE.items()}
+        return {"version": STATE_VERSION, "config": self.config.as_dict(), "step": self.steps, **tensors}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state_dict() bit for bit, and forget what was observed. May read the device.
@@ -211,31 +226,35 @@ class GuidedAdaptiveController:
         step = state_dict["step"]
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"state_dict['step'] must be an int of at least 0, got {step!r}")
-        state = {name: self._checked(name, state_dict[name]) for name in STATE}
-        self._restore(state, step, state["measured"].all())
+        state = torch.empty(schema.STATE_NUMBERS, dtype=torch.float64, device=self._state.device)
+        for name, (_, _, place) in STATE.items():
+            state[place] = self._checked(name, state_dict[name])
+        state[schema.STEPS] = step
+        state[schema.PRIOR] = schema.prior_before(self.config, step, float(state_dict["estimate"]))
+        mu = state[schema.MU].float()
+        if self._captured:
+            self._state.copy_(state)
+            self._mu.copy_(mu)
+        else:
+            self._state, self._mu = state, mu
+        self._step, self._observed = step, []
 
     def _checked(self, name: str, tensor: object) -> Tensor:
-        """A copy on this controller's device of a tensor of a state_dict, or an error that names it."""
-        shape, dtype = STATE[name]
+        """A tensor of a state_dict, on this controller's device, or an error that names it."""
+        shape, dtype, _ = STATE[name]
         if not isinstance(tensor, Tensor):
             raise TypeError(f"state_dict[{name!r}] must be a tensor, got {type(tensor).__name__}")
         if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
             got = f"{tuple(tensor.shape)} {tensor.dtype}"
             raise ValueError(f"state_dict[{name!r}] must be a tensor of {shape} {dtype}, got {got}")
-        low, high = (self.config.mu_min, self.config.mu_max) if name == "mu" else (0.0, LARGEST_SIGNAL)
+        low, high = (self.config.mu_min, self.config.mu_max) if name == "mu" else (0.0, schema.LARGEST_SIGNAL)
         if not ((tensor >= low) & (tensor <= high)).all():  # also nan
             raise ValueError(f"state_dict[{name!r}] must be in [{low:g}, {high:g}], got {tensor.tolist()}")
-        return tensor.detach().to(self._state["mu"].device, copy=True)
+        return tensor.detach().to(self._state.device)
 
-    def _restore(self, state: dict[str, Tensor], step: int, ready: Tensor) -> None:
-        """Make `state` the one after `step` steps. ready: whether all three signals were measured, 0-d bool."""
-        self._state, self._step, self._ready = state, step, ready
-        self._mu = state["mu"].float()
-        self._observed: list[Signals] = []
-
-    def _mean_kl(self, kl: Tensor | float | None, observed: Signals | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The KL over all ranks, whether it is finite, and how many ranks' was not: 0-d."""
-        device = self._state["mu"].device
+    def _mean_kl(self, kl: Tensor | float | None, observed: Signals | None) -> Tensor:
+        """The operator's kl: of this rank alone, 0-d, or of all ranks, (3,)."""
+        device = self._state.device
         if isinstance(kl, Tensor):
             if kl.dim() != 0 or kl.device != device:
                 raise ValueError(f"kl must be 0-d on {device}, got shape {tuple(kl.shape)} on {kl.device}")
@@ -247,55 +266,7 @@ class GuidedAdaptiveController:
         else:
             kl = torch.full((), float(kl), dtype=torch.float64, device=device)
         if world_size(self._group) == 1:
-            finite = kl.abs() < torch.inf
-            return kl, finite, ~finite
+            return kl
         tokens = torch.zeros_like(kl) if observed is None else live_policy_tokens(observed)
-        return mean_kl(kl, tokens, self._group)
-
-    def _refresh(self, state: dict[str, Tensor], observed: Signals) -> None:
-        """EMAs of the signals that `observed` can tell and that are finite; a first value is taken as it is."""
-        config = self.config
-        values, present = estimate(observed, config.estimator, trim=config.trim, znorm=config.znorm)
-        usable = present & (values < LARGEST_SIGNAL)  # false for nan
-        measured = state["measured"]
-        moved = torch.lerp(values, state["signals"], measured.double() * config.ema_beta)
-        state["signals"] = torch.where(usable, moved, state["signals"])
-        state["measured"] = measured | usable
-        state["skipped"] = state["skipped"] + (present & ~usable).sum()
-
-    def _optimum(self, state: dict[str, Tensor]) -> Tensor:
-        """mu* of the EMAs; without meaning before all three are there."""
-        sigma_s2, sigma_r2, delta2 = state["signals"].unbind()
-        noise = sigma_s2 + sigma_r2
-        if self.config.disagreement_cap is not None:
-            delta2 = torch.minimum(delta2, noise * self.config.disagreement_cap)
-        return optimal_mu(sigma_s2, sigma_r2, delta2, state["alpha"])
-
-    def _move_mu(self, state: dict[str, Tensor], ready: Tensor) -> None:
-        """Smooth the estimate, blend it with the prior, and move mu towards it."""
-        config, mu = self.config, state["mu"]
-        mu_star = state["mu_star"] = torch.where(ready, state["mu_star"], mu)
-        if config.smoothing == "reference":
-            smooth = torch.lerp(mu_star, mu, config.ema_beta)
-        else:  # the first mu* is taken as it is
-            smooth = torch.where(self._ready, torch.lerp(mu_star, state["estimate"], config.ema_beta), mu_star)
-        state["estimate"] = smooth
-        blend, offset = 1.0, 0.0
-        if config.prior is not None:
-            blend, offset = config.blend, (1.0 - config.blend) * config.prior.value(self._step)
-        # In place on a fresh tensor: the allocations would cost as much as the arithmetic.
-        moved = (smooth * blend).add_(offset).sub_(mu).clamp_(-config.change_cap, config.change_cap).add_(mu)
-        state["mu"] = moved.clamp_(config.mu_min, config.mu_max)
-
-
-def optimal_mu(sigma_s2: Any, sigma_r2: Any, delta2: Any, alpha: Any) -> Any:
-    """mu* of the three signals (arXiv 2605.26184), of tensors or numbers; 0 / 0 where all are 0."""
-    return (alpha * delta2 + sigma_r2) / (delta2 + (sigma_s2 + sigma_r2))
-
-
-def _move_alpha(state: dict[str, Tensor], target: KLTarget, kl: Tensor, finite: Tensor, bad: Tensor) -> None:
-    """One step of the KL rule; a KL that is not finite is counted and moves nothing."""
-    factor = (kl / target.target - 1.0).clamp_(-1.0, 1.0).mul_(target.gain).exp_()
-    moved = (state["alpha"] * factor).clamp_(target.low, target.high)
-    state["alpha"] = torch.where(finite, moved, state["alpha"])
-    state["skipped"] = state["skipped"] + bad
+        mean, finite, bad = mean_kl(kl, tokens, self._group)
+        return torch.stack((mean, finite.double(), bad))

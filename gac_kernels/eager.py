@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .objectives import HybridObjective
+from .reference.controller import controller_step as controller_step
 from .schemas import decode
 from .types import Denominators, TokenBatch
 

@@ -40,7 +40,7 @@ def _load_compiled() -> tuple[bool, str]:
 
 
 def _load_cuda() -> str:
-    """Load ``gac_kernels._CUDA``, whose loading fills the operators' forms for CUDA C++; on machines with CUDA alone."""
+    """Load ``gac_kernels._CUDA``, whose loading fills the operators' forms for CUDA C++; on machines with CUDA only."""
     if importlib.util.find_spec("gac_kernels._CUDA") is None:
         return "gac_kernels._CUDA is not built: no CUDA toolkit was found at installation"
     if not torch.cuda.is_available():
@@ -76,7 +76,8 @@ def _triton(module: str, name: str) -> Callable[..., Any]:
     return launch
 
 
-# Operator -> module of gac_kernels._triton that launches it.
+# Operator -> module of gac_kernels._triton that launches it. The others (the controller's step, sums over gradients) have
+# no form for Triton: where it is forced, the device's own form serves them.
 _TRITON = {
     "token_loss": "token_loss",
     "token_weights": "token_weights",
@@ -90,19 +91,20 @@ _TRITON = {
 
 
 def _forms(name: str) -> tuple[str, ...]:
-    return name, f"{name}_reference", f"{name}_triton", f"{name}_cuda"
+    return name, f"{name}_reference", *([f"{name}_triton"] if name in _TRITON else []), f"{name}_cuda"
 
 
 def _define(name: str) -> None:
-    plain, triton = getattr(eager, name), _triton(_TRITON[name], name)
+    plain, triton = getattr(eager, name), _triton(_TRITON[name], name) if name in _TRITON else None
     for form in _forms(name):
         _lib.define(form + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"gac_kernels::{form}", FAKES[name], lib=_lib)
     _lib.impl(f"{name}_reference", plain, "CompositeExplicitAutograd")
-    _lib.impl(f"{name}_triton", triton, "CompositeExplicitAutograd")
     _lib.impl(name, plain, "CompositeExplicitAutograd")
-    if has_triton:
-        _lib.impl(name, triton, "CUDA")
+    if triton is not None:
+        _lib.impl(f"{name}_triton", triton, "CompositeExplicitAutograd")
+        if has_triton:
+            _lib.impl(name, triton, "CUDA")
     if not _compiled:
         _lib.impl(name, _warn_uncompiled(plain), "CPU")
 
@@ -112,11 +114,7 @@ _compiled, _compiled_why = _load_compiled()
 for _name in SCHEMAS:
     _define(_name)
 _cuda_why = _load_cuda()
-_overloads = {
-    form: getattr(torch.ops.gac_kernels, form).default
-    for name in SCHEMAS
-    for form in _forms(name)
-}
+_overloads = {form: getattr(torch.ops.gac_kernels, form).default for name in SCHEMAS for form in _forms(name)}
 
 
 def define_composite(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,9 +128,11 @@ def define_composite(name: str, function: Callable[..., Any]) -> Callable[..., A
 
 def call(name: str, *args: Any) -> Any:
     """Call the form of operator ``name`` that :func:`use_backend` asks for, else the device's own."""
-    form = name if _forced in (None, "cpu") else f"{name}_{_forced}"
+    own = _forced in (None, "cpu") or (_forced == "triton" and name not in _TRITON)
+    form = name if own else f"{name}_{_forced}"
     if _forced is not None:
-        _check_device(name, args[0].device)
+        first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]  # a tensor, or a list of some
+        _check_device(name, first.device)
     return _overloads[form](*args)
 
 

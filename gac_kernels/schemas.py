@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .controller_schema import CONTROLLER_STEP, fake_controller_step
 from .objectives import (
     AGGREGATIONS,
     CISPO,
@@ -183,6 +184,7 @@ SCHEMAS = {
     "fused_rows_": f"(Tensor(a!) logits, {_FUSED}) -> ({_FUSED_RESULTS})",
     # gradient *= factor (0-d), and nothing at all where factor is 1. Any dense shape, or rows as above.
     "scale_": "(Tensor(a!) gradient, Tensor factor) -> ()",
+    "controller_step": CONTROLLER_STEP,
 }
 # Made of the operators above and matrix products, on every device: they have no form of their own for a backend.
 COMPOSITES = {
@@ -271,6 +273,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "fused_rows": lambda logits, *rest: (*_fused_rows_(logits, *rest), _new_gradient(logits)),
     "fused_rows_": _fused_rows_,
     "scale_": lambda gradient, factor: None,
+    "controller_step": fake_controller_step,
     "linear_loss": _linear_loss,
     "linear_statistics": _linear_statistics,
     "linear_gradient": lambda hidden, weight, bias, *rest: _gradients(hidden, weight, bias, *rest[12:15]),

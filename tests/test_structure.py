@@ -20,7 +20,9 @@ FORBIDDEN = {
     "_triton": ("controller", "train", "integrations", "ops"),
     "ops": ("controller", "train", "integrations"),
     "signals": ("library", "ops", "reference", "controller", "train"),
-    "controller": ("ops", "library", "train"),
+    # The controller's step is an operator, which only `library` can call; of the losses it knows nothing.
+    "controller": ("ops", "train"),
+    "controller_schema": ("ops", "library", "reference", "controller", "train"),
     "train": ("_triton", "_C"),
 }
 
