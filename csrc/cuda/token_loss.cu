@@ -9,10 +9,8 @@ template <class T>
 void launch_any(const TokenLossCall<T>& call, void* stream) {
     using V = typename LaneOf<T>::Type;
     const auto with = [&](auto kernel) {
-        const int threads = machine().threads < kSequenceThreads ? machine().threads : kSequenceThreads;
-        const size_t shared = static_cast<size_t>(sequence_shared_bytes(threads));
-        launch_together(
-            "token_loss", kernel, Grid1{resident_blocks(call.batch.sequences, kSequenceBlocks<T>), threads, shared}, stream, call);
+        const Grid1 grid = sequence_grid(call.batch.sequences, kSequenceBlocks<T>);
+        launch_together("token_loss", kernel, grid, stream, call);
     };
     switch (call.parameters.policy) {
         case kSigmoid: return with(token_loss_kernel<T, SapoTerm<V, SigmoidGate>>);

@@ -15,7 +15,6 @@
 // the same sequence gives the same bits wherever it lies.
 #pragma once
 
-#include "cooperative.cuh"
 #include "token_loss_sequences.cuh"
 
 #include "../math/terms.h"
@@ -105,7 +104,6 @@ GAC_DEVICE SequenceState coupled_state(const TokenLossCall<T>& c, const double (
 // Counts sequence s and, of a coupled objective, makes its state.
 template <class T, class Policy>
 GAC_DEVICE void look(const TokenLossCall<T>& c, int64_t s, double* shared, int64_t (&of_block)[4]) {
-    const Span own = span(c.batch, s);
     const bool expert = c.batch.expert[s] != 0;
     int64_t live = 0;
     bool counted = false;
@@ -114,18 +112,14 @@ GAC_DEVICE void look(const TokenLossCall<T>& c, int64_t s, double* shared, int64
         if (!expert) {
             const double advantage_s = c.streams.advantage ? 0 : sequence_advantage(c, s);
             double sum[kLooks] = {};
-            look_at_tokens<T, Policy>(c, own, advantage_s, sum);
+            look_at_tokens<T, Policy>(c, span(c.batch, s), advantage_s, sum);
             block_sums(sum, shared);
             live = static_cast<int64_t>(sum[kLive]);
             if (thread() == 0 && live) c.states[s] = coupled_state<T, Policy>(c, sum, advantage_s);
             counted = true;
         }
     }
-    if (!counted) {
-        double count[1] = {static_cast<double>(count_live(c.batch.mask, own))};
-        block_sums(count, shared);
-        live = static_cast<int64_t>(count[0]);
-    }
+    if (!counted) live = count_sequence(c.batch, s, shared);
     if (thread() == 0) c.counts[s].live = live;
     add_sequence(of_block, expert, live);
 }

@@ -233,17 +233,11 @@ GAC_KERNEL(kSequenceThreads, kSequenceBlocks<T>) token_loss_kernel(TokenLossCall
     const bool wait = kGroups || !c.policy.denominator || !c.supervised.denominator;
     int64_t of_block[4] = {0, 0, 0, 0};
     for (int64_t s = block(); s < c.batch.sequences; s += blocks()) look<T, Policy>(c, s, shared, of_block);
-    if (wait && thread() == 0) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) c.counts[block()].of_block[k] = of_block[k];
-    }
+    leave_counts(c.counts, of_block, wait);
     clear_uncovered(c.batch, c.streams.logp_out);
     clear_uncovered(c.batch, c.streams.slope);
     clear_uncovered(c.batch, c.streams.entropy_slope);
-    if (wait)
-        grid_barrier();
-    else
-        barrier();  // what thread 0 has left of the block's own sequences
+    wait_for_counts(wait);
     const BranchWeights denominator = denominators(c, wait, shared);
     for (int64_t s = block(); s < c.batch.sequences; s += blocks()) evaluate<T, Policy>(c, s, denominator, shared);
     grid_barrier();

@@ -1,6 +1,7 @@
 // What kernels with one block a sequence share: packs of tokens, sums over a block in a fixed order, counts and weights.
 #pragma once
 
+#include "cooperative.cuh"
 #include "lane.cuh"
 #include "token_loss.h"
 
@@ -10,6 +11,7 @@ constexpr int kSequenceThreads = 192;
 // Of a multiprocessor: what leaves a thread 168 registers, and in float64 255.
 template <class T>
 constexpr int kSequenceBlocks = sizeof(T) == 4 ? 2 : 1;
+constexpr int kWeightBlocks = 4;  // of the token weights, which need few registers
 
 // Packs: 16 bytes of a stream, which one thread works on ---------------------------------------------------------------
 
@@ -77,8 +79,12 @@ GAC_DEVICE bool aligned(const T* at, int64_t i) {
 // Sums over the block ---------------------------------------------------------------------------------------------------
 
 constexpr int kMostSums = 16;
-constexpr int sequence_shared_bytes(int threads) {
-    return static_cast<int>(sizeof(double)) * (threads / kWarp + 1) * kMostSums;
+
+// Blocks that take turns with the sequences, all resident at once.
+inline Grid1 sequence_grid(int64_t sequences, int per_multiprocessor) {
+    const int threads = machine().threads < kSequenceThreads ? machine().threads : kSequenceThreads;
+    const size_t shared_bytes = sizeof(double) * static_cast<size_t>(threads / kWarp + 1) * kMostSums;
+    return {resident_blocks(sequences, per_multiprocessor), threads, shared_bytes};
 }
 
 // Gives away those `Half` values that the partner goes on with, and takes its others, down to one value.
@@ -190,7 +196,28 @@ GAC_DEVICE void add_sequence(int64_t (&of_block)[4], bool expert, int64_t live) 
     of_block[3] += expert && live > 0;
 }
 
-// 1 / what a branch divides its tokens by, but for the part that differs between sequences.
+// The live tokens of sequence s, the same in every thread.
+GAC_DEVICE int64_t count_sequence(const TokenSequences& batch, int64_t s, double* shared) {
+    double count[1] = {static_cast<double>(count_live(batch.mask, span(batch, s)))};
+    block_sums(count, shared);
+    return static_cast<int64_t>(count[0]);
+}
+
+GAC_DEVICE void leave_counts(SequenceCount* counts, const int64_t (&of_block)[4], bool wanted) {
+    if (!wanted || thread() != 0) return;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) counts[block()].of_block[k] = of_block[k];
+}
+
+// Until the counts are there: of the whole batch, or of the block's own sequences, which its first thread has written.
+GAC_DEVICE void wait_for_counts(bool of_batch) {
+    if (of_batch)
+        grid_barrier();
+    else
+        barrier();
+}
+
+// What a branch divides its tokens by, but for the part that differs between sequences.
 struct BranchWeights {
     double policy, supervised;
 };
