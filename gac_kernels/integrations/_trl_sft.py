@@ -77,7 +77,7 @@ class SFTAttachment:
         head: Any = _trl_head.Head
         if self.objective is not None and self.trainer.model.training:
             base = self._base_rows(model, inputs) if isinstance(self.objective, GIFT) else None
-            head = _Supervised(self.objective, base)
+            head = Supervised(self.objective, base)
         with _trl_head.our_head(head):
             return self._loss(model, inputs, *args, **kwargs)
 
@@ -111,7 +111,7 @@ class _Rows:
         return (hidden.new_zeros(targets.shape), None, None, None, None)
 
 
-class _Supervised:
+class Supervised:
     """In the place of TRL's autograd function: the whole loss and its gradients in one pass, three products.
 
     SFTTrainer does nothing with its head's log-probs but sum them over all tokens and divide, so that any values will

@@ -42,9 +42,19 @@ def peft_config():
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
-def trainer(directory, *, kind=GRPOTrainer, attachment=None, data=None, callbacks=None, peft=False, **settings):
+def trainer(
+    directory,
+    *,
+    kind=GRPOTrainer,
+    attachment=None,
+    data=None,
+    callbacks=None,
+    peft=False,
+    dtype=torch.float32,
+    **settings,
+):
     tokenizer = character_tokenizer([LETTERS, "="])
-    model = tiny_model(tokenizer)
+    model = tiny_model(tokenizer).to(dtype)
     model.save_pretrained(directory / "model")  # from where TRL loads the reference model
     model.config._name_or_path = str(directory / "model")
     arguments = {
