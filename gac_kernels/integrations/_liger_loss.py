@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed import world_size
 from ..objectives import CISPO, GRPO, SAPO, HybridObjective
 from ..reference.terms import LOG_RATIO_BOUND, gate, log_ratio
 
@@ -201,15 +202,14 @@ class Options:
             return float(mask.numel())
         if self.loss_type == "bnpo":
             return mask.sum().clamp(min=1)
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        ranks = world_size()
         if num_items is None:
             count = mask.sum(dtype=torch.float32)
-            if distributed:
+            if ranks > 1:
                 torch.distributed.all_reduce(count)
         else:
             count = torch.as_tensor(num_items, dtype=torch.float32, device=mask.device)
-        # Gradients are averaged over ranks afterwards.
-        return (count / (torch.distributed.get_world_size() if distributed else 1)).clamp(min=1.0)
+        return (count / ranks).clamp(min=1.0)  # gradients are averaged over ranks afterwards
 
     def reduced(self, loss: Tensor, mask: Tensor, denominator: float | Tensor) -> Tensor:
         """The loss of the batch, 0-d, from that of its tokens."""

@@ -2,9 +2,11 @@
 
     from gac_kernels.integrations.liger import LigerFusedLinearGRPOLoss, triton_grpo_loss
 
-Liger itself is not needed. Results are its own for every loss type and option, and what cannot be raises. Three things
-differ on purpose: a token's log-ratios are clamped to [-20, 20], beyond which Liger overflows; what stands at masked
-places, nan included, never reaches the loss; and a wrong shape or option raises ValueError in place of AssertionError.
+Liger itself is not needed. Every loss type and option gives its results or raises. On purpose otherwise: a token's
+log-ratios are clamped to [-20, 20], beyond which Liger overflows; what stands at masked places, nan included, never
+reaches the loss; a wrong shape or option raises ValueError in place of AssertionError; and gradients are those of the
+loss in two cases where 0.8.5's kernels have others (``triton_grpo_loss`` with token-level ``"luspo"`` and ``reduce``,
+and with a ``delta`` under ``1 + eps_high``).
 
 Shapes: B sequences of T completion tokens, hidden width H, V columns of the head.
 """
