@@ -76,8 +76,8 @@ def _triton(module: str, name: str) -> Callable[..., Any]:
     return launch
 
 
-# Operator -> module of gac_kernels._triton that launches it. The others (the controller's step, sums over gradients) have
-# no form for Triton: where it is forced, the device's own form serves them.
+# Operator -> module of gac_kernels._triton that launches it. The others (the controller, sums over gradients) have no form
+# for Triton: where it is forced, the device's own form serves them.
 _TRITON = {
     "token_loss": "token_loss",
     "token_weights": "token_weights",

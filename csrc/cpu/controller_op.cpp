@@ -91,13 +91,13 @@ Estimate estimate(const ControllerCall& call, const T* rows) {
 Estimate given(const double* e) { return {{e[0], e[1], e[2]}, {e[3] != 0, e[4] != 0, e[5] != 0}}; }
 
 void step(const ControllerCall& call) {
-    Estimate seen;
+    Estimate seen{};
     const bool takes_in = (call.rows || call.estimate) && refreshes(call.config, call.state);
     if (takes_in)
         seen = call.estimate    ? given(call.estimate)
                : call.wide_rows ? estimate(call, static_cast<const double*>(call.rows))
                                 : estimate(call, static_cast<const float*>(call.rows));
-    controller_step(call.config, call.state, takes_in ? &seen : nullptr, call.kl, call.kl_numbers, call.new_state);
+    controller_step(call.config, call.state, takes_in, seen, call.kl, call.kl_numbers, call.new_state);
     *call.mu = static_cast<float>(call.new_state[kMu]);
 }
 

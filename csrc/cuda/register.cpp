@@ -3,6 +3,7 @@
 // tensors on the CPU and run their kernels on host threads, for tests.
 #include <torch/csrc/stable/library.h>
 
+#include "controller_op.h"
 #include "rows_op.h"
 
 #ifdef GAC_EMULATE
@@ -16,4 +17,5 @@ STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CUDA, m) {
     m.impl("fused_rows_cuda", TORCH_BOX(&gac::cuda::RowOps::fused_rows));
     m.impl("fused_rows__cuda", TORCH_BOX(&gac::cuda::RowOps::fused_rows_));
     m.impl("scale__cuda", TORCH_BOX(&gac::cuda::scale_));
+    m.impl("controller_step_cuda", TORCH_BOX(&gac::controller_step<gac::cuda::Controller>));
 }

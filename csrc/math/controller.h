@@ -57,8 +57,11 @@ GAC_INLINE Branches count_branches(const Team& team, const T* rows, int64_t sequ
     team.sum(sequences, total, [&](int64_t s, double (&own)[4]) {
         const SignalRow<T> row = signal_row(rows, s);
         if (!row.live()) return;
-        own[row.expert() ? 0 : 1] += 1;
-        own[row.expert() ? 2 : 3] += row[kColTokens];
+        const double expert = row.expert() ? 1 : 0;  // not an index: that would put `own` into memory on a GPU
+        own[0] += expert;
+        own[1] += 1 - expert;
+        own[2] += row.expert() ? row[kColTokens] : 0;
+        own[3] += row.expert() ? 0 : row[kColTokens];
     });
     return {total[0], total[1], total[2], total[3]};
 }
@@ -81,7 +84,7 @@ struct BranchWeights {
 
     template <class T>
     GAC_INLINE double operator()(const SignalRow<T>& row) const {
-        return (row.expert() ? supervised : policy)(row[kColTokens]);
+        return row.expert() ? supervised(row[kColTokens]) : policy(row[kColTokens]);
     }
 };
 GAC_INLINE BranchWeights branch_weights(const ControllerConfig& c, const Branches& b) {
@@ -175,8 +178,9 @@ GAC_INLINE Estimate logit_estimate(const Team& team, const T* rows, int64_t sequ
     team.sum(sequences, total, [&](int64_t s, double (&own)[3]) {
         const SignalRow<T> row = signal_row(rows, s);
         if (!row.live()) return;
-        const double weight = weights(row), square = weight * weight;
-        own[row.expert() ? 0 : 1] += square * row[kColOwnNorm];
+        const double weight = weights(row), square = weight * weight, norm = square * row[kColOwnNorm];
+        own[0] += row.expert() ? norm : 0;
+        own[1] += row.expert() ? 0 : norm;
         own[2] += square * row[kColDiffNorm];
     });
     const double noise_s = total[0] / of.experts / of.experts, noise_r = total[1] / of.rollouts / of.rollouts;
@@ -200,12 +204,21 @@ GAC_INLINE Estimate hidden_estimate(const Team& team, const double* sums, int64_
     return {{noise_s, noise_r, at_least(0, total[2] - noise_s - noise_r)}, {s, r, s && r}};
 }
 
+// cos(pi x), 0 <= x <= 1.
+GAC_INLINE double cos_pi(double x) {
+#ifdef __CUDA_ARCH__
+    return ::cospi(x);  // without the path for large arguments that cos has
+#else
+    return ::cos(kPi * x);
+#endif
+}
+
 GAC_INLINE double prior_value(const ControllerConfig& c, double step) {
     if (c.prior == kConstantPrior) return c.valley;
     if (step < c.warmup) return c.peak * step / c.warmup;
     const double decayed = step - c.warmup;
     if (decayed >= c.decay) return c.valley;
-    return c.valley + (c.peak - c.valley) * 0.5 * (1.0 + ::cos(kPi * decayed / c.decay));
+    return c.valley + (c.peak - c.valley) * 0.5 * (1.0 + cos_pi(decayed / c.decay));
 }
 
 // Whether the step that begins takes its signals in.
@@ -236,20 +249,21 @@ GAC_INLINE void take_in(const ControllerConfig& c, const Estimate& seen, double*
     }
 }
 
-// The state after a step; `seen` only where the step refreshes and something was observed, kl only under a KL target.
+// The state after a step; takes_in: the step refreshes and something was observed; kl is null without a KL target.
 GAC_INLINE void controller_step(
-    const ControllerConfig& c, const double* from, const Estimate* seen, const double* kl, int64_t kl_numbers, double* to) {
+    const ControllerConfig& c, const double* from, bool takes_in, const Estimate& seen, const double* kl,
+    int64_t kl_numbers, double* to) {
     for (int i = 0; i < kStateNumbers; ++i) to[i] = from[i];
     const auto ready = [&] { return to[kMeasured] != 0 && to[kMeasured + 1] != 0 && to[kMeasured + 2] != 0; };
     const bool was_ready = ready();
     if (kl) move_alpha(c, kl, kl_numbers, to);
-    if (seen) take_in(c, *seen, to);
+    if (takes_in) take_in(c, seen, to);
 
     const double mu = from[kMu], noise = to[kSignals] + to[kSignals + 1];
     double distance = to[kSignals + 2];
     if (c.disagreement_cap > 0 && noise * c.disagreement_cap < distance) distance = noise * c.disagreement_cap;
     double mu_star = ready() ? to[kMuStar] : mu;
-    if (ready() && (kl || seen)) mu_star = (to[kAlpha] * distance + to[kSignals + 1]) / (distance + noise);
+    if (ready() && (kl || takes_in)) mu_star = (to[kAlpha] * distance + to[kSignals + 1]) / (distance + noise);
     to[kMuStar] = mu_star;
     // Without an estimate to smooth the first mu* is taken as it is.
     to[kEstimate] = c.smooth_mu ? lerp(mu_star, mu, c.ema_beta)
