@@ -80,7 +80,7 @@ def _sapo(config: Any, logp: Tensor, old: Tensor, mask: Tensor) -> tuple[Policy,
 
 
 def _cispo(config: Any, logp: Tensor, old: Tensor, mask: Tensor) -> tuple[Policy, Tensor]:
-    """Ours bounds the weight from above; verl's lower bound, on a weight without gradient, is one on the old log-prob."""
+    """Ours bounds the weight from above. Its lower bound, as a weight has no gradient, is one on the old log-prob."""
     low, high = _clips(config)
     if low < 1.0:
         old = torch.minimum(old, logp.detach() - math.log1p(-low))
