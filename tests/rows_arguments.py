@@ -7,7 +7,7 @@ from logit_support import DTYPES, TRANSFORMS, check_rows
 from torch import Tensor
 
 import gac_kernels as gk
-from gac_kernels import reference, schemas
+from gac_kernels import library, reference, schemas
 from gac_kernels.reference.logits import transformed
 
 PLAIN = (1.0, 0.0, 1.0, 0.0, 0.0)  # no transform, no GIFT
@@ -16,7 +16,8 @@ DEAD, ROLLOUT, DEMONSTRATION = schemas.DEAD, schemas.ROLLOUT, schemas.DEMONSTRAT
 
 
 def op(name: str, *args):
-    return getattr(torch.ops.gac_kernels, name).default(*args)
+    """The operator itself, of the backend in force."""
+    return library.call(name, *args)
 
 
 class RowCase:

@@ -24,6 +24,9 @@ struct Vec {
 };
 using Mask = Vec::Mask;
 
+GAC_INLINE double first_lane(Vec a) { return static_cast<double>(a.v); }
+GAC_INLINE double first_lane(VecDouble a) { return a.v; }
+
 // The lane type of sums in T.
 template <class T>
 struct LaneOf {
