@@ -329,7 +329,7 @@ def test_the_site_is_built_and_fetches_nothing(tmp_path: Path) -> None:
     if missing:
         pytest.skip(f"needs {', '.join(missing)}: pip install 'gac-kernels[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
