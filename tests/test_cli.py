@@ -64,7 +64,10 @@ def test_doctor_json(capsys):
     found = json.loads(line)
     assert list(found) == ["versions", "devices", "backends", "integrations", "ok"]
     assert set(found["versions"]) == {"python", "gac_kernels", "torch", "triton", "numpy", "transformers"}
-    assert set(found["integrations"]) == {"trl", "verl", "trinity-rft", "liger-kernel"}
+    assert set(found["integrations"]) == {"trl", "verl", "trinity-rft", "liger-kernel", "transformers"}
+    for host in found["integrations"].values():
+        assert set(host) == {"status", "why", "version"}
+        assert host["status"] == "ok" or host["version"] is None or host["why"]
     assert list(found["backends"]) == list(library.backends())
     tests = {test["backend"]: test for of in found["backends"].values() for test in of["self_test"].values()}
     assert set(tests) == set(library.BACKENDS)

@@ -1,11 +1,10 @@
-"""Say what this install runs on: versions, devices, which backend serves which op and why, and whether each backend
-computes the right numbers. Fails if a self-test does.
+"""Say what this install runs on: versions, devices, which backend serves which op and why, which trainers are installed
+with the hooks we use, and whether each backend computes the right numbers. Fails if a self-test does.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 from dataclasses import asdict
@@ -15,7 +14,6 @@ from .console import Console
 
 HELP = "versions, devices, backends and a numeric self-test of each"
 PACKAGES = ("torch", "triton", "numpy", "transformers")
-PEERS = ("trl", "verl", "trinity-rft", "liger-kernel")
 # Operator -> the public functions behind which it stands.
 OPS = {
     "token_loss": "hybrid_loss, signals_from_logprobs, hybrid_loss_from_logits",
@@ -30,11 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from .. import __version__, backends
+    from ..integrations.checks import check_all, version_of
     from .selftest import SelfTest, self_tests
 
     versions: dict[str, str | None] = {"python": platform.python_version(), "gac_kernels": __version__}
-    versions |= {name: _version(name) for name in PACKAGES}
-    integrations = {name: _version(name) for name in PEERS}
+    versions |= {name: version_of(name) for name in PACKAGES}
+    integrations = check_all()
     devices = _devices()
     serving = {device: _split(text) for device, text in backends().items()}
 
@@ -44,9 +43,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         (op, device, backend, why, serves) for op, serves in OPS.items() for device, (backend, why) in serving.items()
     ]
     console.table("which backend serves which op", ("op", "device", "backend", "why", "behind"), rows, left=5)
-    console.table(
-        "integrations", ("package", "version"), [(k, v or "not installed") for k, v in integrations.items()], left=2
-    )
+    found = [(name, c.version or "-", c.status, c.why) for name, c in integrations.items()]
+    console.table("integrations", ("package", "version", "hooks", "why"), found, left=4)
 
     with console.progress("self-test"):
         tests: list[SelfTest] = self_tests(args.seed)
@@ -76,18 +74,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         }
         for device, (backend, why) in serving.items()
     }
-    console.result({"versions": versions, "devices": devices, "backends": told, "integrations": integrations, "ok": ok})
+    hosts = {name: c._asdict() for name, c in integrations.items()}
+    console.result({"versions": versions, "devices": devices, "backends": told, "integrations": hosts, "ok": ok})
     console.text()
     console.text("ok" if ok else "NOT ok")
     return 0 if ok else 1
-
-
-def _version(distribution: str) -> str | None:
-    """Installed version, read from the metadata: importing transformers to ask would take seconds."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _split(text: str) -> tuple[str, str]:
