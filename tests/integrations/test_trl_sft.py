@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,3 +217,11 @@ def test_only_an_sft_trainer_and_only_once(tmp_path):
     attach_sft(made)
     with pytest.raises(ValueError, match="attached already"):
         attach_sft(made)
+
+
+def test_example_learns_by_each_objective(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "trl_sft_phi.py"), run_name="__main__")
+    begin, *others = [line for line in capsys.readouterr().out.splitlines() if "held-out loss" in line]
+    assert [line.split()[3] for line in others] == ["NLL", "NLL-phi", "GIFT"]
+    losses = [float(line.split("held-out loss")[1].split()[0]) for line in (begin, *others)]
+    assert max(losses[1:]) < 0.8 * losses[0]
