@@ -6,7 +6,9 @@
 
 #include <exception>
 
+#include "cpu/advantages_op.h"
 #include "cpu/controller_op.h"
+#include "cpu/gradient_moments_op.h"
 #include "cpu/isa.h"
 #include "cpu/rows_op.h"
 #include "cpu/scale_op.h"
@@ -23,6 +25,9 @@ STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) {
     m.impl("fused_rows_", TORCH_BOX(&gac::CpuRowOps::fused_rows_));
     m.impl("scale_", TORCH_BOX(&gac::scale_));
     m.impl("controller_step", TORCH_BOX(&gac::controller_step<gac::CpuController>));
+    m.impl("gradient_moments", TORCH_BOX(&gac::gradient_moments));
+    m.impl("accumulate_moments_", TORCH_BOX(&gac::accumulate_moments_));
+    m.impl("group_advantages", TORCH_BOX(&gac::group_advantages));
 }
 
 namespace {

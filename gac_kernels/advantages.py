@@ -7,10 +7,13 @@ import numbers
 import torch
 from torch import Tensor
 
+from . import library
+from .reference.advantages import BASELINES, SCALES
+
 __all__ = ["group_advantages"]
 
-BASELINES = ("mean", "leave_one_out")
-SCALES = ("group", "batch", "none")
+# Kernels look for the members of a group among all sequences, S^2 comparisons, unless equal ids stand side by side.
+SORTED_BEYOND = 16384
 
 
 @torch.no_grad()
@@ -34,44 +37,19 @@ def group_advantages(
     dtype = rewards_S.dtype if rewards_S.dtype.is_floating_point else torch.float32
     if rewards_S.numel() == 0:
         return rewards_S.to(dtype)
-    scored_S = rewards_S.isfinite()
-    x_S = torch.where(scored_S, rewards_S, 0).double()
-    order_S, group_S, sizes_S = _layout(rewards_S, groups)
-
-    def reduce(values_S: Tensor, how: str) -> Tensor:
-        """Reduce over each group, and give every sequence the result of its own."""
-        # Not a scatter: a scatter adds floats in whatever order the GPU's atomics happen to come.
-        per_group = torch.segment_reduce(values_S[order_S], how, lengths=sizes_S, axis=0, unsafe=True)
-        return per_group[group_S]
-
-    count_S = reduce(scored_S.double(), "sum")
-    deviation_S = torch.where(scored_S, x_S - reduce(x_S, "sum") / count_S, 0.0)
-    others_S = (count_S - 1.0).clamp(min=1.0)
-    highest_S = reduce(torch.where(scored_S, x_S, -torch.inf), "max")
-    lowest_S = reduce(torch.where(scored_S, x_S, torch.inf), "min")
-    # R_i - (sum - R_i) / (n - 1) = (R_i - mean) n / (n - 1)
-    advantage_S = deviation_S * (count_S / others_S) if baseline == "leave_one_out" else deviation_S
-    if scale == "group":
-        advantage_S = advantage_S / ((reduce(deviation_S.square(), "sum") / others_S).sqrt() + eps)
-    elif scale == "batch":
-        total = scored_S.sum()
-        deviation_S = torch.where(scored_S, x_S - x_S.sum() / total, 0.0)
-        advantage_S = advantage_S / ((deviation_S.square().sum() / (total - 1).clamp(min=1)).sqrt() + eps)
-    return torch.where(scored_S & (highest_S > lowest_S), advantage_S, 0.0).to(dtype)
-
-
-def _layout(rewards_S: Tensor, groups: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Order that brings each group together, each sequence's group 0, 1, ..., and the groups' sizes padded to S."""
-    place_S = torch.arange(len(rewards_S), device=rewards_S.device)
-    if isinstance(groups, int):
-        order_S, group_S = place_S, place_S // groups
-    else:
-        ids_S, order_S = groups.sort(stable=True)
-        starts_S = torch.zeros_like(order_S)
-        starts_S[1:] = ids_S[1:] != ids_S[:-1]
-        group_S = torch.empty_like(order_S).scatter_(0, order_S, starts_S.cumsum(0))
-    sizes_S = torch.zeros_like(group_S).scatter_add_(0, group_S, torch.ones_like(group_S))
-    return order_S, group_S, sizes_S
+    x_S = rewards_S if rewards_S.dtype in (torch.float32, torch.float64) else rewards_S.double()
+    size, ids_S, order_S = (groups, None, None) if isinstance(groups, int) else (0, groups.long(), None)
+    if ids_S is not None and len(ids_S) > SORTED_BEYOND:
+        ids_S, order_S = ids_S.sort(stable=True)
+        x_S = x_S[order_S]
+    advantage_S = library.call(
+        "group_advantages", x_S.contiguous(), None if ids_S is None else ids_S.contiguous(), size, order_S is not None,
+        BASELINES.index(baseline), SCALES.index(scale), float(eps),
+    )  # fmt: skip
+    if order_S is not None:
+        advantage_S = torch.empty_like(advantage_S).scatter_(0, order_S, advantage_S)
+    result: Tensor = advantage_S.to(dtype)
+    return result
 
 
 def _check(rewards_S: Tensor, groups: int | Tensor, baseline: str, scale: str, eps: float) -> int | Tensor:

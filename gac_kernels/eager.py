@@ -11,7 +11,10 @@ from torch import Tensor
 
 from . import reference
 from .objectives import HybridObjective
+from .reference.advantages import group_advantages as group_advantages
 from .reference.controller import controller_step as controller_step
+from .reference.gradients import accumulate_moments_ as accumulate_moments_
+from .reference.gradients import gradient_moments as gradient_moments
 from .schemas import decode
 from .types import Denominators, TokenBatch
 

@@ -8,7 +8,7 @@ Three primitives over rows of logits, one of them fused, and the token-level los
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -185,6 +185,15 @@ SCHEMAS = {
     # gradient *= factor (0-d), and nothing at all where factor is 1. Any dense shape, or rows as above.
     "scale_": "(Tensor(a!) gradient, Tensor factor) -> ()",
     "controller_step": CONTROLLER_STEP,
+    # Over lists of contiguous gradients, pair by pair of one size (gradients.py): ||s||^2, ||p||^2, <s, p>, float64 (3,);
+    # sums += gradients, and the gradients' ||g||^2, float64 0-d.
+    "gradient_moments": "(Tensor[] supervised, Tensor[] policy) -> Tensor moments",
+    "accumulate_moments_": "(Tensor(a!)[] sums, Tensor[] gradients) -> Tensor norm2",
+    # Advantages (S,) of rewards (S,), float32 or float64, in their dtype. groups (S,) int64: ids, equal ones side by
+    # side if adjacent; None: group_size consecutive sequences each. baseline, scale: indices in BASELINES and SCALES of
+    # reference/advantages.py.
+    "group_advantages": """(Tensor rewards, Tensor? groups, int group_size, bool adjacent, int baseline, int scale,
+        float eps) -> Tensor""",
 }
 # Made of the operators above and matrix products, on every device: they have no form of their own for a backend.
 COMPOSITES = {
@@ -239,6 +248,10 @@ def _new_gradient(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+def _sums(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=tensors[0].device if tensors else None)
+
+
 def _linear_rows(hidden: Tensor) -> Tensor:
     """Stands for logits of the hidden states' rows."""
     return hidden.new_empty((*hidden.shape[:2], 1))
@@ -274,6 +287,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "fused_rows_": _fused_rows_,
     "scale_": lambda gradient, factor: None,
     "controller_step": fake_controller_step,
+    "gradient_moments": lambda supervised, policy: _sums(supervised, (3,)),
+    "accumulate_moments_": lambda sums, gradients: _sums(sums, ()),
+    "group_advantages": lambda rewards, *rest: torch.empty_like(rewards),
     "linear_loss": _linear_loss,
     "linear_statistics": _linear_statistics,
     "linear_gradient": lambda hidden, weight, bias, *rest: _gradients(hidden, weight, bias, *rest[12:15]),

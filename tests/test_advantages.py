@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gac_kernels as gk
+from gac_kernels import eager
 
 BASELINES, SCALES = ("mean", "leave_one_out"), ("group", "batch", "none")
 
@@ -150,9 +151,23 @@ def test_no_gradient_and_inputs_untouched():
 def test_reads_nothing_from_the_device(groups, scale):
     rewards = torch.tensor([0.0, 1.0, math.nan, 2.0])
     groups = torch.tensor([1, 0, 1, 0]) if groups == "ids" else groups
+    ids, size = (None, groups) if isinstance(groups, int) else (groups, 0)
     with forbid_host_reads() as watch:
         gk.group_advantages(rewards, groups, scale=scale)
+        eager.group_advantages(rewards, ids, size, False, 0, SCALES.index(scale), 1e-6)  # what is inside the operator
     assert watch.operators > 5  # it did watch
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_many_sequences_are_sorted_first(scale, monkeypatch):
+    """The same advantages, and no read of the device."""
+    rewards, ids = torch.tensor([0.0, 1.0, math.nan, 2.0, 5.0, 3.0]), torch.tensor([1, 0, 1, 0, -7, 1])
+    want = gk.group_advantages(rewards, ids, scale=scale)
+    monkeypatch.setattr(gk.advantages, "SORTED_BEYOND", 5)
+    with forbid_host_reads() as watch:
+        got = gk.group_advantages(rewards, ids, scale=scale)
+    assert watch.operators > 3  # it did sort
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("groups", [2, torch.zeros(4, dtype=torch.int64, device="meta")])

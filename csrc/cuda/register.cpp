@@ -3,14 +3,19 @@
 // tensors on the CPU and run their kernels on host threads, for tests.
 #include <torch/csrc/stable/library.h>
 
+#include "advantages_op.h"
 #include "controller_op.h"
 #include "rows_op.h"
+#include "token_loss_op.h"
 
 #ifdef GAC_EMULATE
 STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CUDA, m) {
 #endif
+    m.impl("token_loss_cuda", TORCH_BOX(&gac::cuda::token_loss));
+    m.impl("token_weights_cuda", TORCH_BOX(&gac::cuda::token_weights));
+    m.impl("group_advantages_cuda", TORCH_BOX(&gac::cuda::group_advantages));
     m.impl("row_statistics_cuda", TORCH_BOX(&gac::cuda::RowOps::row_statistics));
     m.impl("row_gradient_cuda", TORCH_BOX(&gac::cuda::RowOps::row_gradient));
     m.impl("row_gradient__cuda", TORCH_BOX(&gac::cuda::RowOps::row_gradient_));
