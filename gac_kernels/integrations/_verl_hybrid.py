@@ -6,6 +6,7 @@ Shapes: S sequences of a micro-batch, T tokens of the longest response.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -203,14 +204,14 @@ def _metrics(
     return seen
 
 
-def controller_config(settings: Any) -> ControllerConfig:
+def controller_config(settings: Mapping[str, Any] | None) -> ControllerConfig:
     """``policy_loss.controller`` of a YAML file as a ControllerConfig: its fields, ``prior`` a number, a mapping of
     CosinePrior's fields, or null."""
     fields = dict(settings or {})
     prior = fields.get("prior", CosinePrior())
     if isinstance(prior, (int, float)) and not isinstance(prior, bool):
         fields["prior"] = ConstantPrior(float(prior))
-    elif isinstance(prior, dict):
+    elif isinstance(prior, Mapping):  # a DictConfig too
         fields["prior"] = CosinePrior(**prior)
     return ControllerConfig(**fields)
 

@@ -221,6 +221,19 @@ def test_what_is_not_supported_raises(arguments, message):
         loss_fn(**arguments)
 
 
+def test_settings_may_be_omegaconfs():
+    """As they are where a configuration file was read."""
+    from omegaconf import OmegaConf
+
+    written = {
+        "objective_args": {"gate": "erf", "tau_pos": 2.0},
+        "controller": {"prior": {"warmup": 3, "decay": 4}, "alpha": 0.4},
+    }
+    made = loss_fn(**OmegaConf.create(written))
+    assert made.objective.policy == gk.SAPO("erf", 2.0)
+    assert made.controller_config == gk.ControllerConfig(prior=gk.CosinePrior(3, 4), alpha=0.4)
+
+
 def test_steps_of_one_micro_batch_must_agree():
     made, inputs = loss_fn(), micro_batch()
     inputs["step"][2] = 8
