@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 B, T, H, V = 4, 6, 16, 37
+EPS = torch.finfo(torch.float32).eps
 
 # What is not said: grpo's defaults below. "weights": shape of vllm_is_ratio. "items": num_items_in_batch.
 DEFAULTS = {
@@ -178,3 +180,15 @@ def function_options(case):
     renamed = {"epsilon_low": "eps_low", "epsilon_high": "eps_high"}
     left_out = ("compiled", "use_ref_model")
     return {renamed.get(k, k): v for k, v in class_options(case).items() if k not in left_out}
+
+
+def installed(name):
+    module, _, attribute = name.partition(":")
+    return getattr(pytest.importorskip(module, reason="liger-kernel is not installed"), attribute)
+
+
+def close(ours, wanted, bound=32 * EPS):
+    """To so many roundings of the largest value."""
+    wanted = wanted.double()
+    error = (ours.double() - wanted).abs().max()
+    assert error <= bound * wanted.abs().max() + bound * 1e-3, f"off by {error:.3g}, largest {wanted.abs().max():.3g}"
