@@ -31,7 +31,9 @@ COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contrac
 # One unit an instruction set, chosen at run time. Never -march=native: the wheel may run elsewhere.
 AVX512, AVX2 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"], ["-mavx2", "-mfma", "-mf16c"]
 UNIT_FLAGS = {
-    f"{unit}_{isa}.cpp": flags for unit in ("token_loss", "rows") for isa, flags in (("avx512", AVX512), ("avx2", AVX2))
+    f"{unit}_{isa}.cpp": flags
+    for unit in ("token_loss", "rows", "gradient_moments")
+    for isa, flags in (("avx512", AVX512), ("avx2", AVX2))
 }
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr"]
 

@@ -155,7 +155,7 @@ class GuidedAdaptiveController:
         if fixed and ranks > 1:
             raise RuntimeError(f"step() in a CUDA graph needs a group of one rank, got {ranks}")
         with torch.inference_mode(False):  # mu enters autograd graphs, which cannot save an inference tensor
-            read = refresh or self._target is not None
+            read = refresh or (self._target is not None and ranks > 1)
             observed = concatenate(self._observed) if self._observed and read else None
             # What can raise or wait comes before the first change of the state.
             of_ranks = None if self._target is None else self._mean_kl(kl, observed)

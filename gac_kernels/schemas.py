@@ -185,7 +185,7 @@ SCHEMAS = {
     # gradient *= factor (0-d), and nothing at all where factor is 1. Any dense shape, or rows as above.
     "scale_": "(Tensor(a!) gradient, Tensor factor) -> ()",
     "controller_step": CONTROLLER_STEP,
-    # Over lists of contiguous gradients, pair by pair of one size (gradients.py): ||s||^2, ||p||^2, <s, p>, float64 (3,);
+    # Over lists of contiguous gradients, pairs of one size (gradients.py): ||s||^2, ||p||^2, <s, p>, float64 (3,);
     # sums += gradients, and the gradients' ||g||^2, float64 0-d.
     "gradient_moments": "(Tensor[] supervised, Tensor[] policy) -> Tensor moments",
     "accumulate_moments_": "(Tensor(a!)[] sums, Tensor[] gradients) -> Tensor norm2",

@@ -14,6 +14,8 @@ from plain_controller import PlainController, Row, rows_tensor
 import gac_kernels as gk
 from gac_kernels.signals import Signals
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 CONFIGS = {
     "default": (gk.ControllerConfig(), cosine),
     "reference": (gk.ControllerConfig(smoothing="reference"), cosine),

@@ -11,8 +11,12 @@ from host_reads import forbid_host_reads
 from plain_controller import rows_tensor
 
 import gac_kernels as gk
+from gac_kernels import controller_schema
 from gac_kernels import signals as sig
+from gac_kernels.reference.controller import controller_step as reference_step
 from gac_kernels.signals import Signals
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 ESTIMATORS = ("coefficient", "logit", "hidden")
 
@@ -20,7 +24,7 @@ ESTIMATORS = ("coefficient", "logit", "hidden")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("alpha", [0.5, gk.KLTarget()])
 @pytest.mark.parametrize("smoothing", ["estimate", "reference"])
-def test_no_step_reads_the_device(estimator, alpha, smoothing):
+def test_no_step_reads_the_device(estimator, alpha, smoothing, backend):
     config = gk.ControllerConfig(estimator, smoothing, alpha=alpha, znorm=True, update_every=3, disagreement_cap=5.0)
     rows = rows_tensor(observed_rows(random.Random(1), 0)).float()
 
@@ -41,9 +45,29 @@ def test_no_step_reads_the_device(estimator, alpha, smoothing):
         return counts
 
     counts = run("cpu")
-    assert run("meta")  # there is nothing to read, and an attempt raises
+    if backend == "reference":
+        assert run("meta")  # there is nothing to read, and an attempt raises
+    # The step is one operator; the others bring the signals and the KL into its form.
+    assert max(counts) <= 8, counts
+    assert max(counts[1], counts[2], counts[4], counts[5]) <= (5 if config.alpha != 0.5 else 3)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("alpha", [0.5, gk.KLTarget()])
+def test_the_reference_of_the_step_reads_nothing_from_the_device(estimator, alpha):
+    """Its operators run inside of ours, where no watch sees them."""
+    config = gk.ControllerConfig(estimator, alpha=alpha, disagreement_cap=5.0)
+    rows = rows_tensor(observed_rows(random.Random(1), 0))
+    hidden = torch.ones(len(rows), 4) if estimator == "hidden" else None
+    state, kl = gk.GuidedAdaptiveController(config)._state, torch.full((), 0.1, dtype=torch.float64)
+    static = (*controller_schema.encode_config(config), 1, 0, 0.0)
+    with forbid_host_reads() as watch:
+        reference_step(state, rows, hidden, None, kl, *static)
+        before = watch.operators
+        reference_step(state, None, None, None, kl, *static)
+    assert before > 60
     # Between refreshes the scalar arithmetic is all there is: a bound on launches, should it live on a GPU.
-    assert max(counts[1], counts[2], counts[4], counts[5]) <= (35 if config.alpha != 0.5 else 14)
+    assert watch.operators - before <= (65 if config.alpha != 0.5 else 50)
 
 
 def test_mu_of_a_step_stays_what_it_was():
