@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +148,54 @@ def test_a_hostile_pickle_is_refused_before_it_runs(tmp_path, place):
     assert not trace.exists()
     torch.load(directory / "state.pt", weights_only=False)  # it would have
     assert trace.exists()
+
+
+@pytest.fixture
+def audit(monkeypatch):
+    """requirements/audit.py with pip-audit's answers set: service -> (standard output, standard error)."""
+    spec = importlib.util.spec_from_file_location("audit", ROOT / "requirements" / "audit.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(answers, *arguments):
+        def ask(command, **_):
+            out, err = answers[command[command.index("-s") + 1]]
+            return subprocess.CompletedProcess(command, 1, json.dumps(out) if out else "", err)
+
+        monkeypatch.setattr(module.subprocess, "run", ask)
+        monkeypatch.setattr(sys, "argv", ["audit", *arguments])
+        return module.main()
+
+    return run
+
+
+def report(*entries):
+    return {"dependencies": [dict(entry) for entry in entries], "fixes": []}, ""
+
+
+GOOD = {"name": "six", "version": "1.0", "vulns": []}
+BAD = {"name": "pip", "version": "1.0", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2"], "aliases": []}]}
+LEFT_OUT = {"name": "odd", "skip_reason": "Dependency not found on PyPI"}
+GONE = (None, "Traceback ...\nConnectionError: no route")
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "required", "said"),
+    [
+        ({"pypi": report(GOOD)}, 0, 0, "1 packages audited, 0 vulnerable"),
+        ({"pypi": report(GOOD, BAD)}, 1, 1, "VULNERABLE: pip 1.0: PYSEC-1"),
+        ({"pypi": report(GOOD, LEFT_OUT)}, 0, 1, "1 left out: Dependency not found"),
+        ({"pypi": report(LEFT_OUT), "osv": report(BAD)}, 1, 1, "VULNERABLE: pip 1.0: PYSEC-1"),
+        (
+            {"pypi": GONE, "osv": GONE},
+            0,
+            1,
+            "NOT AUDITED: six==1.0: no database of vulnerabilities could be asked (Conn",
+        ),
+    ],
+)
+def test_an_audit_that_did_not_happen_is_said(audit, capsys, answers, status, required, said):
+    assert audit(answers, "six==1.0") == status
+    assert said in capsys.readouterr().out
+    assert audit(answers, "--required", "six==1.0") == required
