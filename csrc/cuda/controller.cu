@@ -22,14 +22,14 @@ int64_t hidden_blocks(const ControllerCall& call) {
     return call.rows && call.config.estimator == kHidden ? (call.width + kWarp - 1) / kWarp : 0;
 }
 int64_t shared_limit() {
-    const int64_t fits = (static_cast<int64_t>(machine().shared_bytes) - kControllerThreads / kWarp * kMostSums * 8) / 8;
+    const int64_t fits = static_cast<int64_t>((machine().shared_bytes - sums_bytes(kControllerThreads)) / sizeof(double));
     return fits < kSharedPlaces ? fits : kSharedPlaces;
 }
 
 template <class T, class U>
 void launch_hidden(const ControllerCall& call, void* stream) {
     const int threads = machine().threads < kHiddenThreads ? machine().threads : kHiddenThreads;
-    const size_t shared = static_cast<size_t>(threads / kWarp) * (kMostSums + 2 * kWarp) * sizeof(double);
+    const size_t shared = sums_bytes(threads) + static_cast<size_t>(2 * threads) * sizeof(double);
     launch("controller's hidden states", hidden_kernel<T, U>, Grid1{hidden_blocks(call), threads, shared}, stream, call);
 }
 
@@ -41,7 +41,7 @@ void launch_as(const ControllerCall& call, void* stream) {
     }
     const int threads = machine().threads < kControllerThreads ? machine().threads : kControllerThreads;
     const int64_t places = sorted_places(call) <= shared_limit() ? sorted_places(call) : 0;
-    const size_t shared = static_cast<size_t>(threads / kWarp * kMostSums + places) * sizeof(double);
+    const size_t shared = sums_bytes(threads) + static_cast<size_t>(places) * sizeof(double);
     launch("controller", controller_kernel<T>, Grid1{1, threads, shared}, stream, call, places, hidden_blocks(call));
 }
 

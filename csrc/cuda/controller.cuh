@@ -2,33 +2,31 @@
 // computes alike. Only the estimator over hidden states is wide enough for blocks of its own, launched before.
 #pragma once
 
-#include "device.cuh"
+#include "block_sums.cuh"
 
 #include "../math/controller.h"
 
 namespace gac::cuda {
 
 constexpr int kControllerThreads = 256, kHiddenThreads = 256;
-constexpr int kMostSums = 9;  // that one Team::sum makes at a time
 
-// The threads of a block as a Team of csrc/math/controller.h. shared: threads() / 32 * kMostSums doubles.
+// The threads of a block as a Team of csrc/math/controller.h. shared: sums_bytes(threads()).
 struct BlockTeam {
     double* shared;
 
+    // Shared memory behind the team's.
+    GAC_DEVICE double* beyond() const { return shared + (threads() / kWarp + 1) * kMostSums; }
+
     template <int N, class F>
     GAC_DEVICE void sum(int64_t count, double (&total)[N], const F& add) const {
-        static_assert(N <= kMostSums);
+        constexpr int kPadded = N == 1 ? 1 : N <= 4 ? 4 : kMostSums;
+        static_assert(N <= kPadded);
         for (int n = 0; n < N; ++n) total[n] = 0;
         for (int64_t i = thread(); i < count; i += threads()) add(i, total);
-        for (int n = 0; n < N; ++n) total[n] = over_warp(total[n], [](double a, double b) { return a + b; });
-        if (lane() == 0)
-            for (int n = 0; n < N; ++n) shared[warp() * N + n] = total[n];
-        barrier();  // all warps' sums are there, and what add wrote
-        for (int n = 0; n < N; ++n) {
-            total[n] = 0;
-            for (int w = 0; w < threads() / kWarp; ++w) total[n] += shared[w * N + n];
-        }
-        barrier();  // nobody reads them any more: the next sum may write
+        double padded[kPadded];
+        for (int n = 0; n < kPadded; ++n) padded[n] = n < N ? total[n] : 0;
+        block_sums(padded, shared);
+        for (int n = 0; n < N; ++n) total[n] = padded[n];
     }
 
     // Bitonic: stage by stage, each thread orders pairs that no other touches.
@@ -40,7 +38,7 @@ struct BlockTeam {
         for (int64_t run = 2; run <= size; run *= 2)
             for (int64_t by = run / 2; by > 0; by /= 2) {
                 for (int64_t pair = thread(); pair < size / 2; pair += threads()) {
-                    const int64_t low = pair / by * 2 * by + pair % by, high = low + by;
+                    const int64_t low = 2 * pair - (pair & (by - 1)), high = low + by;
                     const double a = values[low], b = values[high];
                     if ((a > b) == ((low & run) == 0)) {
                         values[low] = b;
@@ -57,8 +55,7 @@ struct BlockTeam {
 template <class T, class U>
 GAC_KERNEL(kHiddenThreads, 2) hidden_kernel(ControllerCall call) {
     if (!refreshes(call.config, call.state)) return;
-    double* const shared = reinterpret_cast<double*>(shared_memory());
-    const BlockTeam team{shared};
+    const BlockTeam team{reinterpret_cast<double*>(shared_memory())};
     const T* const rows = static_cast<const T*>(call.rows);
     const Branches of = count_branches(team, rows, call.sequences);
     const BranchWeights weights = branch_weights(call.config, of);
@@ -78,7 +75,7 @@ GAC_KERNEL(kHiddenThreads, 2) hidden_kernel(ControllerCall call) {
         sum_s += expert ? x : 0;
         sum_r += expert ? 0 : x;
     });
-    double* const of_warps = shared + warps * kMostSums;
+    double* const of_warps = team.beyond();
     of_warps[warp() * kWarp + lane()] = sum_s;
     of_warps[(warps + warp()) * kWarp + lane()] = sum_r;
     barrier();  // all warps' sums of the columns are there
@@ -107,8 +104,7 @@ GAC_KERNEL(kHiddenThreads, 2) hidden_kernel(ControllerCall call) {
 // shared_places: how many values the block can sort in shared memory, behind the team's doubles; else in scratch.
 template <class T>
 GAC_KERNEL(kControllerThreads, 1) controller_kernel(ControllerCall call, int64_t shared_places, int64_t partials) {
-    double* const shared = reinterpret_cast<double*>(shared_memory());
-    const BlockTeam team{shared};
+    const BlockTeam team{reinterpret_cast<double*>(shared_memory())};
     const ControllerConfig& c = call.config;
     const T* const rows = static_cast<const T*>(call.rows);
     const bool takes_in = (call.rows || call.estimate) && refreshes(c, call.state);
@@ -124,7 +120,7 @@ GAC_KERNEL(kControllerThreads, 1) controller_kernel(ControllerCall call, int64_t
         } else if (c.estimator == kLogit) {
             seen = logit_estimate(team, rows, call.sequences, c);
         } else {
-            double* const values = shared_places > 0 ? shared + threads() / kWarp * kMostSums : call.scratch;
+            double* const values = shared_places > 0 ? team.beyond() : call.scratch;
             seen = coefficient_estimate(team, rows, call.sequences, c.trim, c.znorm, values);
         }
     }

@@ -5,6 +5,7 @@
 
 #include "advantages_op.h"
 #include "controller_op.h"
+#include "gradient_moments_op.h"
 #include "rows_op.h"
 #include "token_loss_op.h"
 
@@ -23,4 +24,6 @@ STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CUDA, m) {
     m.impl("fused_rows__cuda", TORCH_BOX(&gac::cuda::RowOps::fused_rows_));
     m.impl("scale__cuda", TORCH_BOX(&gac::cuda::scale_));
     m.impl("controller_step_cuda", TORCH_BOX(&gac::controller_step<gac::cuda::Controller>));
+    m.impl("gradient_moments_cuda", TORCH_BOX(&gac::cuda::gradient_moments));
+    m.impl("accumulate_moments__cuda", TORCH_BOX(&gac::cuda::accumulate_moments_));
 }
