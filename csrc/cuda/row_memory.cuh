@@ -93,6 +93,7 @@ struct RowPart {
 
     template <class F>
     GAC_DEVICE void kept_range(int begin, int end, const F& step) const {
+#pragma unroll 1
         for (int slot = begin; slot < end; ++slot) step(*place(slot), first + slot * threads() + thread());
     }
 

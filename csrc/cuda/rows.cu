@@ -23,7 +23,7 @@ void launch_of(const RowsCall<typename E::Sum>& call, int64_t rows, void* stream
     if (call.columns >= 2 * E::Width) cluster = device.cluster;
 #endif
     const int64_t vectors = (call.columns - 1) / E::Width + 1, slice = (vectors - 1) / cluster + 1;
-    const int threads = slice * 16 > 64 << 10 ? 2 * device.threads : device.threads;
+    const int threads = device.threads;
     const size_t fixed = row_shared_bytes<T>(threads, 0), budget = device.shared_bytes < kBudget ? device.shared_bytes : kBudget;
     int64_t held = 0;
     if (Task == RowTask::kFused || (Task == RowTask::kStatistics && call.base.data)) {

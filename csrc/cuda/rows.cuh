@@ -20,7 +20,7 @@
 
 namespace gac::cuda {
 
-constexpr int kMostThreads = 512;
+constexpr int kMostThreads = 256;
 
 // How a launch shares out rows; see rows.cu.
 struct RowPlan {
@@ -43,6 +43,7 @@ struct RowShared {
     SharedMoments<T> moments, base_moments;
     RowFacts<T> facts;
     RowToken<T> token;
+    T raw;  // the target's logit
     double crossed;
     double crossed_warp[kMostThreads / kWarp];
     T top[kMostThreads / kWarp];
@@ -63,44 +64,49 @@ struct RowWork {
     static constexpr bool kMeasures = Task != RowTask::kGradient, kWrites = Task != RowTask::kStatistics;
 
     const RowsCall<T>& c;
-    const int64_t n, target;
-    const int columns;
+    const int64_t n;
+    const int target, columns;
     const bool demonstration, here;  // here: the target is one of these columns
     RowShared<T>& shared;
     MergeScratch<T> scratch;
     RowPart<E> part;
-    double cool, slope_k, k;
     T by;
     Transform<T, Capped> transform;
 
     GAC_DEVICE RowWork(const RowsCall<T>& c, int64_t n, int64_t target, int held, char* memory)
-        : c(c), n(n), target(target), columns(static_cast<int>(c.columns)), demonstration(c.kind[n] == kDemonstration),
+        : c(c), n(n), target(static_cast<int>(target)), columns(static_cast<int>(c.columns)), demonstration(c.kind[n] == kDemonstration),
           here(target >= 0), shared(*reinterpret_cast<RowShared<T>*>(memory)), scratch(),
           part(reinterpret_cast<const Stored*>(c.logits.row(n)), nullptr, columns, held) {
         char* at = memory + (sizeof(RowShared<T>) + 15) / 16 * 16;
         T* const lanes = reinterpret_cast<T*>(at);
         scratch = {lanes, lanes + threads(), lanes + 2 * threads(), shared.top};
         part.kept = reinterpret_cast<Bytes16*>(at + 3 * sizeof(T) * threads());
-        cool = 1.0 / (c.temperature ? static_cast<double>(c.temperature[n]) : c.temperature_value);
-        slope_k = c.scale * cool;
-        k = Capped ? cool : slope_k;
-        by = static_cast<T>(k * Power<T>::kUnit);
+        by = static_cast<T>(k() * Power<T>::kUnit);
         transform.inner = Capped ? static_cast<T>(c.scale / c.softcap) : T(1);
         transform.cap = Capped ? static_cast<T>(c.softcap) : T(1);
     }
+
+    // z = k x, and dz / draw but for the cap's derivative. Computed anew where they are needed: registers are short.
+    GAC_DEVICE double cool() const {
+        return 1.0 / (c.temperature ? static_cast<double>(c.temperature[n]) : c.temperature_value);
+    }
+    GAC_DEVICE double slope_k() const { return c.scale * cool(); }
+    GAC_DEVICE double k() const { return Capped ? cool() : slope_k(); }
 
     GAC_DEVICE bool gift() const { return c.base.data && demonstration && here; }
 
     GAC_DEVICE void run() {
         const bool second = kWrites || (gift() && kMeasures);
         if (!second) part.held = 0;
-        const Stored raw = here && warp() == 0 ? part.row[target] : Stored();  // before anything is written
-        if (Task == RowTask::kFused && thread() == 0) shared.token = row_token(c, n);
+        if (thread() == 0) {  // before anything is written
+            if (here) shared.raw = E::widen(part.row[target]);
+            if constexpr (Task == RowTask::kFused) shared.token = row_token(c, n);
+        }
         if constexpr (kMeasures) measure();
         if (gift() && kMeasures) measure_base();
         cluster_arrive();  // this block's moments are there, and its target is read
         cluster_wait();
-        if (warp() == 0) conclude(E::widen(raw));
+        if (warp() == 0) conclude();
         cluster_arrive();  // nobody reads this block's moments any more
         barrier();         // the facts are there
         if (second) {
@@ -168,8 +174,9 @@ struct RowWork {
     }
 
     // Warp 0 of every block: everything that is one a row.
-    GAC_DEVICE void conclude(T raw) {
+    GAC_DEVICE void conclude() {
         RowMoments<T> m;
+        const double k = this->k();
         const int parts = c.base.data ? 4 : 2;
         if constexpr (kMeasures) {
             m = merge_cluster(&shared.moments, by, k);
@@ -180,7 +187,7 @@ struct RowWork {
             m.entropy = static_cast<double>(c.given_entropy[n]);
             m.sum_sq = 0;
         }
-        const auto at = transform.at(raw);
+        const auto at = transform.at(here ? shared.raw : T(0));
         const T logp = here ? static_cast<T>(static_cast<double>(at.x - m.top) * k - m.log_sum) : T(0);
         Gift g{};
         if (gift()) {
@@ -193,7 +200,7 @@ struct RowWork {
                 base.top = static_cast<double>(c.given_normalizer[n * 4 + 2]);
                 base.log_sum = static_cast<double>(c.given_normalizer[n * 4 + 3]);
             }
-            g = gift_target(base, static_cast<double>(base_at(static_cast<int>(target))), c.beta, c.smooth, columns);
+            g = gift_target(base, static_cast<double>(base_at(target)), c.beta, c.smooth, columns);
         }
         if (kMeasures && cluster_rank() == 0 && lane() == 0) report(m, logp, g);
         if (lane() == 0) tell(m, logp, at.derivative, g);
@@ -206,7 +213,7 @@ struct RowWork {
         if (c.supervised && !gift()) c.supervised[n] = 0;
         if (!c.normalizer) return;
         const int parts = c.base.data ? 4 : 2;
-        const double exact = static_cast<double>(m.top) * k;
+        const double exact = static_cast<double>(m.top) * k();
         const T top_z = static_cast<T>(exact);
         const double rest = exact - static_cast<double>(top_z);
         c.normalizer[n * parts] = top_z;
@@ -222,11 +229,12 @@ struct RowWork {
         if constexpr (Task == RowTask::kFused) slopes = row_slopes<V>(c.term, shared.token, logp);
         if constexpr (Task == RowTask::kGradient)
             slopes = {static_cast<double>(c.slope[n]), c.entropy_slope ? static_cast<double>(c.entropy_slope[n]) : 0};
+        const double slope_k = this->slope_k();
         RowFacts<T>& f = shared.facts;
         f.top = m.top;
         f.natural_log_sum = static_cast<T>(m.log_sum);
         f.log_sum = static_cast<T>(m.log_sum * Power<T>::kUnit);
-        f.k = static_cast<T>(k);
+        f.k = static_cast<T>(k());
         f.entropy = static_cast<T>(m.entropy);
         f.slope = static_cast<T>(slopes.logp * slope_k);
         f.bonus = static_cast<T>(slopes.entropy * slope_k);
@@ -250,6 +258,11 @@ struct RowWork {
         return Power<T>::at(multiply_add(x - f.top, by, -f.log_sum));
     }
 
+    GAC_DEVICE T log_probability(const RowFacts<T>& f, T x) const { return multiply_add(x - f.top, f.k, -f.natural_log_sum); }
+    GAC_DEVICE T entropy_part(const RowFacts<T>& f, T p, T x) const {
+        return f.bonus * (p * ((p > T(0) ? log_probability(f, x) : T(0)) + f.entropy));
+    }
+
     template <bool Bonus>
     GAC_DEVICE void gradient() {
         const RowFacts<T> f = shared.facts;
@@ -263,15 +276,13 @@ struct RowWork {
                 const auto at = transform.at(x[i]);
                 const T p = probability(f, at.x);
                 T g = p * -f.slope;
-                if constexpr (Bonus) g -= f.bonus * (p * ((p > T(0) ? log_probability(f, at.x) : T(0)) + f.entropy));
+                if constexpr (Bonus) g -= entropy_part(f, p, at.x);
                 x[i] = Capped ? g * at.derivative : g;
             }
             out.write(vector, x);
         });
         write_target(out, f);
     }
-
-    GAC_DEVICE T log_probability(const RowFacts<T>& f, T x) const { return multiply_add(x - f.top, f.k, -f.natural_log_sum); }
 
     // GIFT: the gradient, and with the statistics the cross entropy -sum q log p.
     GAC_DEVICE void gradient_of_gift() {
@@ -291,7 +302,9 @@ struct RowWork {
                         f.keep, Power<T>::at(multiply_add(base_at(column) - f.base_top, static_cast<T>(Power<T>::kUnit), -f.base_log_sum)),
                         f.uniform);
                 if (q > T(0)) sum += q * log_probability(f, at.x);
-                const T g = (f.inverse * q - probability(f, at.x)) * f.slope;
+                const T p = probability(f, at.x);
+                T g = (f.inverse * q - p) * f.slope;
+                if (f.bonus != T(0)) g -= entropy_part(f, p, at.x);
                 x[i] = Capped ? g * at.derivative : g;
             }
             crossed += static_cast<double>(sum);
@@ -326,7 +339,7 @@ struct RowWork {
     }
 
     GAC_DEVICE void write_target(const RowOut<E>& out, const RowFacts<T>& f) const {
-        if (here && part.owns(static_cast<int>(target))) out.row[target] = E::narrow(f.target);
+        if (here && part.owns(target)) out.row[target] = E::narrow(f.target);
     }
 
     GAC_DEVICE void fill(const RowOut<E>& out, T value) const {
@@ -349,7 +362,7 @@ struct RowWork {
 };
 
 template <class E, RowTask Task, bool Capped>
-GAC_KERNEL(kMostThreads, sizeof(typename E::Sum) == 8 ? 1 : 2) row_kernel(RowsCall<typename E::Sum> c, RowPlan plan) {
+GAC_KERNEL(kMostThreads, (sizeof(typename E::Sum) == 8 ? 1 : Capped ? 2 : 3)) row_kernel(RowsCall<typename E::Sum> c, RowPlan plan) {
     using T = typename E::Sum;
     const int64_t n = block() / cluster_size();
     const int64_t target = c.wide_targets ? static_cast<const int64_t*>(c.targets)[n] : static_cast<const int32_t*>(c.targets)[n];
