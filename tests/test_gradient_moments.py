@@ -1,12 +1,14 @@
-"""Sums over lists of gradients against float64 arithmetic, on every backend that serves them on the CPU."""
+"""Sums over lists of gradients against float64 arithmetic: eager, C++ for the CPU, and CUDA C++ by emulation."""
 
 from __future__ import annotations
 
 import math
 
+import cuda_emulation
 import pytest
 import torch
 
+import gac_kernels as gk
 from gac_kernels import library
 from gac_kernels.gradients import accumulate_moments_, gradient_moments
 
@@ -14,6 +16,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHUNK = 32768  # csrc/gradient_moments.h
 # Around a lane group, a chunk, and several of both; a scalar; nothing.
 SIZES = (0, 1, 7, 8, 9, 255, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
+
+
+@pytest.fixture(params=["reference", "cpu", "cuda"])
+def backend(request):
+    if request.param == "cpu" and not gk.backends()["cpu"].startswith("cpu:"):
+        pytest.skip("this install has no compiled module")
+    if request.param == "cuda":
+        cuda_emulation.load()
+    with gk.use_backend(request.param):
+        yield request.param
 
 
 def gradients(dtype, seed, sizes=SIZES):
@@ -210,5 +222,5 @@ def test_the_operators_refuse_what_they_cannot_sum(match, name, first, second, b
 def test_operators_are_registered_as_they_should(backend):
     a, b = gradients(torch.float32, 0, (3, 70)), gradients(torch.float32, 1, (3, 70))
     for name in ("gradient_moments", "accumulate_moments_"):
-        form = name if backend == "cpu" else f"{name}_reference"
+        form = name if backend == "cpu" else f"{name}_{backend}"
         torch.library.opcheck(getattr(torch.ops.gac_kernels, form).default, (a, b))
