@@ -13,13 +13,11 @@ import random
 import tempfile
 
 import pyarrow as pa
-import torch
+from _tiny import tiny_model
 from datasets import Dataset
-from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from gac_kernels.integrations.trl import attach
-from gac_kernels.train.tokenizer import character_tokenizer
 
 LETTERS = "abcd"
 
@@ -44,25 +42,18 @@ def right_letters(completions: list[str], answer: list[str], **_: object) -> lis
     ]
 
 
-def main() -> None:
+def main(steps: int = 200) -> None:
     """Train, and print what became of reward and mu."""
-    torch.manual_seed(0)
-    tokenizer = character_tokenizer([LETTERS, "="])
-    shape = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    model, tokenizer = tiny_model([LETTERS, "="])
     with tempfile.TemporaryDirectory() as directory:
         settings = GRPOConfig(
             output_dir=directory, per_device_train_batch_size=64, num_generations=4, max_completion_length=5,
-            max_steps=200, learning_rate=3e-3, loss_type="sapo", logging_steps=20, save_strategy="no", report_to=[],
-            gradient_checkpointing=False, bf16=False, use_cpu=True, disable_tqdm=True, seed=0,
+            max_steps=steps, learning_rate=3e-3, loss_type="sapo", logging_steps=min(steps, 20), save_strategy="no",
+            report_to=[], gradient_checkpointing=False, bf16=False, use_cpu=True, disable_tqdm=True, seed=0,
         )  # fmt: skip
         trainer = GRPOTrainer(
-            model=Qwen2ForCausalLM(shape), reward_funcs=right_letters, args=settings, train_dataset=words(),
-            processing_class=tokenizer,
-        )  # fmt: skip
+            model=model, reward_funcs=right_letters, args=settings, train_dataset=words(), processing_class=tokenizer
+        )
         attach(trainer, demonstrations="demonstration")  # loss_type's policy loss, NLL-phi, and GAC for mu
         trainer.train()
     for row in trainer.state.log_history:

@@ -44,3 +44,10 @@ def test_loss_function_is_transformers_own_with_plain_nll(example, accelerate, m
     own, ours, phi = (measured[name] for name in ("transformers' own", "ours, NLL", "ours, NLL-phi"))
     assert ours == pytest.approx(own, rel=1e-4)
     assert own[0] < 2.0 and abs(phi[0] / own[0] - 1) > 1e-2  # not the same by much more than those two are
+
+
+def test_trl_hybrid(example, capsys):
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    example("trl_hybrid").main(steps=2)
+    assert "step    2   reward 0." in capsys.readouterr().out
