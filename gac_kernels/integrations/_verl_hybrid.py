@@ -1,21 +1,16 @@
-"""The hybrid loss of verl's micro-batches, and what one optimizer step needs around it: counts, controller, checkpoint.
+"""The hybrid loss of verl's micro-batches, and the counts of an optimizer step that they are divided by.
 
 Shapes: S sequences of a micro-batch, T tokens of the longest response.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import ConstantPrior, ControllerConfig, CosinePrior, KLTarget
 from ..controller import GuidedAdaptiveController
 from ..objectives import DFPO, NLL, HybridObjective
 from ..ops import hybrid_loss as token_hybrid_loss
@@ -42,7 +37,7 @@ def count_branches(data: Any, dp_group: Any = None, expert_key: str = "expert_ma
     sums += [(lengths[branch] > 0).sum() for branch in (~expert, expert)]
     counts = torch.stack(sums)
     if torch.distributed.is_initialized():
-        counts = counts.to(_device())
+        counts = counts.to(device_of_ranks())
         torch.distributed.all_reduce(counts, group=dp_group)
     policy_tokens, expert_tokens, policy_rows, expert_rows = counts.tolist()
     tu.assign_non_tensor(
@@ -50,7 +45,7 @@ def count_branches(data: Any, dp_group: Any = None, expert_key: str = "expert_ma
     )
 
 
-def _device() -> torch.device:
+def device_of_ranks() -> torch.device:
     """Where verl computes in this process; its own get_device_name() says cuda where there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return torch.empty(0, device=accelerator or "cpu").device
@@ -63,6 +58,17 @@ def _experts(data: Any, key: str, rows: int) -> Tensor:
     if expert.numel() != rows:
         raise ValueError(f"data[{key!r}] must hold one flag a sequence ({rows}), got shape {tuple(expert.shape)}")
     return expert.reshape(rows).bool()
+
+
+def settings_of(config: Any) -> Any:
+    """An ActorConfig's ``policy_loss``; TypeError where it lacks what the hybrid loss needs."""
+    settings = getattr(config, "policy_loss", None)
+    if not hasattr(settings, "expert_key"):
+        raise TypeError(
+            "config.policy_loss must be a GACPolicyLossConfig (policy_loss._target_) for the hybrid loss, got "
+            f"{type(settings).__name__}"
+        )
+    return settings
 
 
 def hybrid_loss(
@@ -93,9 +99,10 @@ def hybrid_loss(
     """
     from verl.utils.metric import AggregationType, Metric
 
+    settings = settings_of(config)
     batch, inputs = _micro_batch(model_output, data, config)
     objective, denominators, batch = _objective(data, config, batch, inputs["logp"])
-    mu = config.policy_loss.mu if controller is None else controller.mu
+    mu = settings.mu if controller is None else controller.mu
     if mu is None:
         raise ValueError("policy_loss.mu must be a number in [0, 1] where there is no controller, got None")
     result = token_hybrid_loss(
@@ -202,110 +209,3 @@ def _metrics(
     if config.use_kl_loss:
         seen |= {"kl_loss": result.kl, "kl_coef": config.kl_loss_coef}
     return seen
-
-
-def controller_config(settings: Mapping[str, Any] | None) -> ControllerConfig:
-    """``policy_loss.controller`` of a YAML file as a ControllerConfig: its fields, ``prior`` a number, a mapping of
-    CosinePrior's fields, or null."""
-    fields = dict(settings or {})
-    prior = fields.get("prior", CosinePrior())
-    if isinstance(prior, (int, float)) and not isinstance(prior, bool):
-        fields["prior"] = ConstantPrior(float(prior))
-    elif isinstance(prior, Mapping):  # a DictConfig too
-        fields["prior"] = CosinePrior(**prior)
-    return ControllerConfig(**fields)
-
-
-def attach(worker: Any, controller: GuidedAdaptiveController | None = None) -> GuidedAdaptiveController | None:
-    """Give a ``TrainingWorker`` that holds ``ppo_loss`` the hybrid loss, in the worker's own process.
-
-    Its engine's ``train_batch`` is one optimizer step: the branches are counted before it and the controller takes its
-    step after it. The controller's state goes into the engine's checkpoints, one file a rank.
-
-    Args:
-        worker: its ``loss_fn`` is ``partial(..., config=ActorConfig)``, as verl's ActorRolloutRefWorker sets it.
-        controller: None makes one from ``policy_loss.controller``, on the engine's ranks; or none at all where
-            ``policy_loss.mu`` is a number.
-
-    Returns:
-        The controller, or None with a fixed mu.
-    """
-    from verl.utils import tensordict_utils as tu
-
-    config: Any = getattr(worker.loss_fn, "keywords", {}).get("config")
-    settings: Any = getattr(config, "policy_loss", None)
-    if not hasattr(settings, "expert_key"):
-        raise TypeError(
-            "worker must hold a loss with config.policy_loss of type GACPolicyLossConfig (policy_loss._target_), got "
-            f"{type(settings).__name__}"
-        )
-    engine = worker.engine
-    if controller is not None and settings.mu is not None:
-        raise ValueError("controller and policy_loss.mu exclude each other, got both")
-    if controller is None and settings.mu is None:
-        controller = GuidedAdaptiveController(
-            controller_config(settings.controller),
-            device=_device(),
-            process_group=engine.get_data_parallel_group(),
-        )
-    if controller is not None:
-        if controller.config.estimator == "hidden":
-            raise ValueError("controller's estimator must be 'coefficient' or 'logit' in verl, got 'hidden'")
-        if isinstance(controller.config.alpha, KLTarget):
-            raise ValueError("controller's alpha must be a number in verl, got a KLTarget, which is not supported here")
-    worker.loss_fn = partial(hybrid_loss, config=config, controller=controller)
-    train_batch = engine.train_batch
-
-    def one_step(data: Any, loss_function: Any) -> Any:
-        count_branches(data, engine.get_data_parallel_group(), settings.expert_key)
-        if controller is not None and controller.config.estimator == "logit":
-            tu.assign_non_tensor(data, calculate_sum_pi_squared=True)
-        outputs = train_batch(data, loss_function)
-        if controller is not None:
-            controller.step()
-            _report(controller, outputs)
-        return outputs
-
-    engine.train_batch = one_step
-    if controller is not None:
-        _keep_state(engine, controller)
-    return controller
-
-
-def _report(controller: GuidedAdaptiveController, outputs: Any) -> None:
-    """The controller's numbers among the step's metrics, one value as of one micro-batch; mu is there already."""
-    if not outputs.get("metrics"):
-        return
-    metrics = {name: value for name, value in controller.metrics().items() if name != "gac/mu"}
-    values = torch.stack([value.double() for value in metrics.values()]).tolist()
-    outputs["metrics"].update({name: [value] for name, value in zip(metrics, values, strict=True)})
-
-
-def _keep_state(engine: Any, controller: GuidedAdaptiveController) -> None:
-    """Save and load the controller where the engine saves and loads."""
-    save, load = engine.save_checkpoint, engine.load_checkpoint
-
-    def path_in(folder: Any) -> Path:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        return Path(folder) / f"gac_controller_rank_{rank}.pt"
-
-    def save_checkpoint(local_path: Any, *args: Any, **kwargs: Any) -> Any:
-        result = save(local_path, *args, **kwargs)
-        path = path_in(local_path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save(controller.state_dict(), temporary)
-        os.replace(temporary, path)  # whole or not at all
-        return result
-
-    def load_checkpoint(local_path: Any, *args: Any, **kwargs: Any) -> Any:
-        path = None if local_path is None else path_in(local_path)
-        if path is not None and not path.is_file():
-            raise FileNotFoundError(f"expected {path.name} in {local_path}: the controller's state, for this rank")
-        state = None if path is None else torch.load(path, map_location="cpu", weights_only=True)
-        result = load(local_path, *args, **kwargs)  # may delete the folder
-        if state is not None:
-            controller.load_state_dict(state)
-        return result
-
-    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint

@@ -31,7 +31,7 @@ from ..controller import GuidedAdaptiveController
 from ..objectives import CISPO, GRPO, GSPO, NLL, SAPO, HybridObjective
 from ..ops import hybrid_loss
 from ..types import Denominators, HybridLoss, TokenBatch
-from ._verl_hybrid import controller_config
+from ._verl_worker import controller_config
 from .checks import Check, check_host, release, version_of
 
 __all__ = ["check"]

@@ -26,8 +26,9 @@ from typing import Any
 from ..objectives import DFPO, SAPO
 from . import _verl_loss
 from ._verl_head import patch_head, unpatch_head
-from ._verl_hybrid import attach, controller_config, count_branches, hybrid_loss
+from ._verl_hybrid import count_branches, hybrid_loss
 from ._verl_loss import NAMES, policy_loss
+from ._verl_worker import attach, controller_config
 from .checks import OK, Check, check_host
 
 __all__ = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -249,6 +251,15 @@ def test_check(monkeypatch):
     monkeypatch.setattr(integration, "version_of", lambda name: None)
     with pytest.raises(ImportError, match=r"gac-kernels\[trinity\]"):
         integration._check_version()
+
+
+def test_the_example_learns(capsys):
+    pytest.importorskip("trinity.trainer.verl.losses", reason="an import of Trinity's trainer is missing")
+    path = Path(__file__).parents[2] / "examples" / "trinity_policy_loss.py"
+    runpy.run_path(str(path))["main"]()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    rewards, mus = ([float(row[index]) for row in rows] for index in (3, 5))
+    assert len(rows) == 5 and rewards[-1] > rewards[0] + 0.2 and len(set(mus)) == 5
 
 
 def test_micro_batches_of_a_step_weigh_as_their_rows():

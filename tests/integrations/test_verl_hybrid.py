@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,14 +14,13 @@ pytest.importorskip("peft", reason="verl's FSDP engine needs peft")
 
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import reduce_metrics
-from verl_engine import mini_batch, on_cpu, one_rank, step, tiny_model, worker  # noqa: F401
+from verl_engine import EXPERT, mini_batch, on_cpu, one_of_two, one_rank, several_steps, step, tiny_model, worker  # noqa: F401
 from verl_support import GLOBAL, actor, micro_batch, padded_responses, through_ppo_loss, values
 
 import gac_kernels as gk
 from gac_kernels.integrations import verl as integration
 from gac_kernels.integrations._verl_hybrid import COUNTS
 
-EXPERT = (1, 4, 6)
 MODES = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
@@ -30,6 +33,13 @@ def assert_same(ours, theirs, **tolerance):
     assert any(bool(theirs_one.abs().max() > 1e-4) for theirs_one in theirs)
     for our_one, their_one in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our_one, their_one, **{"rtol": 1e-5, "atol": 1e-7, **tolerance})
+
+
+@pytest.fixture
+def head():
+    integration.patch_head()
+    yield
+    integration.unpatch_head()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -117,6 +127,20 @@ def signals_of_the_whole_batch(made, index):
     return kept[0]
 
 
+def test_two_ranks_under_fsdp2_are_one(on_cpu, tmp_path, head):  # noqa: F811
+    """Each rank has half of every batch, neither of them the same share of demonstrations."""
+    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path / "ranks"),), nprocs=2, start_method="spawn")
+    both = [torch.load(tmp_path / f"ranks.{rank}", weights_only=True) for rank in range(2)]
+    alone = several_steps(0, 1)
+    for name, (losses, gradients, mus) in alone.items():
+        assert torch.equal(both[0][name][2], both[1][name][2])
+        for other_losses, other_gradients, other_mus in (rank[name] for rank in both):
+            torch.testing.assert_close(other_losses, losses, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(other_mus, mus, rtol=1e-5, atol=1e-6)
+            assert_same(other_gradients, gradients, rtol=1e-4, atol=1e-6)
+        assert len(set(mus.tolist())) == len(mus)
+
+
 def test_evaluation_is_not_observed(on_cpu):  # noqa: F811
     made = worker(actor("gac_sapo", controller={"update_every": 1}))
     controller = integration.attach(made)
@@ -179,6 +203,32 @@ def test_what_the_hybrid_loss_refuses(on_cpu):  # noqa: F811
         integration.hybrid_loss({"log_probs": logp}, data, config=actor("gac_sapo", mu=0.5))
 
 
+def test_the_worker_class_attaches(monkeypatch):
+    """verl's own init_model first; what Ray asks of a worker's method stands on ours as on verl's."""
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    kind, called = integration.GACActorRolloutRefWorker, []
+    assert issubclass(kind, ActorRolloutRefWorker) and pickle.loads(pickle.dumps(kind)) is kind
+    marks = [{name for name in vars(one.init_model) if "attrs" in name} for one in (kind, ActorRolloutRefWorker)]
+    assert marks[0] == marks[1] and marks[0]
+    made = object.__new__(kind)
+    for actors in (worker(actor("gac_sapo", mu=0.5)), None):  # a worker of rollouts has no actor
+        monkeypatch.setattr(ActorRolloutRefWorker, "init_model", lambda self, one=actors: setattr(self, "actor", one))
+        made.init_model()
+        called.append(made.actor)
+    assert called[0].loss_fn.func is integration.hybrid_loss and called[1] is None
+
+
+def test_the_example_learns(capsys):
+    path = Path(__file__).parents[2] / "examples" / "verl_losses.py"
+    runpy.run_path(str(path))["main"]()
+    rows = [line.split(":") for line in capsys.readouterr().out.splitlines() if "reward" in line]
+    assert len(rows) == 2
+    for _, figures in rows:
+        first, *_, last = map(float, figures.split())
+        assert last > first + 0.1
+
+
 @pytest.mark.parametrize("name", ["gac_sapo", "gac_grpo", "gac_cispo", "gac_gspo"])
 def test_without_an_engine_the_batchs_own_counts_serve(name):
     """``set_loss_fn(partial(hybrid_loss, ...))`` on one rank and one micro-batch needs nothing else."""
@@ -212,13 +262,6 @@ def ppo(config, logp, data):
 
 
 # The fused head -----------------------------------------------------------------------------------------------
-@pytest.fixture
-def head():
-    integration.patch_head()
-    yield
-    integration.unpatch_head()
-
-
 @pytest.mark.parametrize("fused", ["torch", "triton", "liger"])
 def test_our_head_is_verls_fused_head(on_cpu, head, fused):  # noqa: F811
     """A step with our head is that of verl's logits, whatever fused backend is set."""

@@ -7,16 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from verl.models.transformers.monkey_patch import patch_forward_with_backends
+from verl.utils import fsdp_utils
 from verl.utils import tensordict_utils as tu
 from verl.utils import torch_functional as verl_F
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding
-from verl_support import LENGTH, PROMPT
+from verl_support import LENGTH, PROMPT, actor
 
 VOCABULARY = 23
+ON_CPU = ((transformer_impl, "get_device_id"), (transformer_impl, "get_device_name"), (fsdp_utils, "get_device_id"))
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +35,8 @@ def one_rank(tmp_path_factory):
 @pytest.fixture
 def on_cpu(monkeypatch, one_rank):
     """verl asks for a CUDA device where there is none."""
-    monkeypatch.setattr(transformer_impl, "get_device_id", lambda: "cpu")
-    monkeypatch.setattr(transformer_impl, "get_device_name", lambda: "cpu")
+    for module, name in ON_CPU:
+        monkeypatch.setattr(module, name, lambda: "cpu")
 
 
 def tiny_model(fused=None):
@@ -74,9 +78,14 @@ class Engine(transformer_impl.FSDPEngineWithLMHead):
         self.saved.append(str(local_path))
 
 
-def worker(config, *, fused=None):
+def worker(config, *, fused=None, sharded=False):
     """What attach() takes: verl's TrainingWorker, as ActorRolloutRefWorker leaves it."""
-    return SimpleNamespace(engine=Engine(tiny_model(fused)), loss_fn=partial(ppo_loss, config=config))
+    model = tiny_model(fused)
+    if sharded:
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        for layer in (*model.model.layers, model):
+            fully_shard(layer, mesh=mesh)
+    return SimpleNamespace(engine=Engine(model), loss_fn=partial(ppo_loss, config=config))
 
 
 def step(made, data, **flags):
@@ -111,3 +120,45 @@ def mini_batch(seed=0, rows=8, expert=(), micro=4, fused=False, entropy=False, r
         data, global_batch_size=rows, temperature=0.7, calculate_entropy=entropy, use_dynamic_bsz=False,
         micro_batch_size_per_gpu=micro, use_remove_padding=False, use_fused_kernels=fused, compute_loss=True,
     )  # fmt: skip
+
+
+EXPERT, STEPS = (1, 4, 6), 3
+RANKS = {  # the settings of each run, and whether its head is ours
+    "logits": ({"loss_agg_mode": "token-mean"}, None),
+    "fused": ({"loss_agg_mode": "seq-mean-token-mean", "supervised_aggregation": "seq-mean-token-sum"}, "torch"),
+}
+
+
+def several_steps(rank, ranks):
+    """Per run: losses over ranks, gradients of the last step, mu after each step."""
+    from gac_kernels.integrations.verl import attach, patch_head
+
+    patch_head()
+    seen = {}
+    for name, (settings, fused) in RANKS.items():
+        config = actor("gac_sapo", controller={"update_every": 1, "prior": 0.2}, **settings)
+        made = worker(config, fused=fused, sharded=ranks > 1)
+        controller, losses, mus = attach(made), [], []
+        for index in range(STEPS):
+            data = mini_batch(seed=index, expert=EXPERT, micro=2, fused=fused is not None)
+            rows = [row for row in range(8) if row % ranks == rank]
+            mine = data if ranks == 1 else tu.index_select_tensor_dict(data, rows)
+            loss = torch.tensor(sum(step(made, mine)["loss"]))
+            torch.distributed.all_reduce(loss)
+            losses.append(loss / ranks)  # as verl logs it
+            mus.append(controller.mu)
+        gradients = [parameter.grad for parameter in made.engine.module.parameters()]
+        gradients = [one.full_tensor() if ranks > 1 else one for one in gradients]
+        seen[name] = (torch.stack(losses), gradients, torch.stack(mus))
+    return seen
+
+
+def one_of_two(rank, file):
+    """A process of two, whose model FSDP2 shards."""
+    for module, name in ON_CPU:
+        setattr(module, name, lambda: "cpu")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    try:
+        torch.save(several_steps(rank, 2), f"{file}.{rank}")
+    finally:
+        torch.distributed.destroy_process_group()
