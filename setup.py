@@ -1,4 +1,5 @@
-"""Builds gac_kernels._C, the CPU kernels: LibTorch stable ABI and limited Python API, one wheel for many of both.
+"""Builds gac_kernels._C, the CPU kernels, and gac_kernels._CUDA: LibTorch stable ABI, limited Python API, one wheel for
+many of both.
 
 torch is found on disk, not imported, so that an isolated build needs no copy of its own. Where torch's headers or a
 C++ compiler are missing the package installs without the extension and computes on the CPU with its eager reference;
@@ -6,7 +7,9 @@ C++ compiler are missing the package installs without the extension and computes
 
 * ``GAC_KERNELS_REQUIRE_EXT=1``: fail rather than install without the extension;
 * ``GAC_KERNELS_SKIP_EXT=1``: do not try to build it;
-* ``GAC_KERNELS_SANITIZE=1``: build with the address and undefined-behaviour sanitizers (for tests).
+* ``GAC_KERNELS_SANITIZE=1``: build with the address and undefined-behaviour sanitizers (for tests);
+* ``GAC_KERNELS_CUDA=1``: build the CUDA kernels, also beside a torch for the CPU (no GPU is needed), or fail; ``0``: do
+  not. By default they are built where nvcc is found and torch is one for CUDA.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +41,9 @@ UNIT_FLAGS = {
     for unit in ("token_loss", "rows", "gradient_moments")
     for isa, flags in (("avx512", AVX512), ("avx2", AVX2))
 }
+# fmad: what the kernels do not write as one stays two roundings, as on the CPU. A spilled register is an error.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings", "-Xptxas", "-warn-spills,-Werror",
+              "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]  # fmt: skip
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr"]
 
 
@@ -73,6 +82,8 @@ class BuildExtension(build_ext):
     """Gives every unit its own flags, compiles units side by side, and can let the installation go on without them."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "gac_kernels._CUDA":
+            ext.extra_objects = compile_cuda(Path(self.build_temp))
         try:
             if not hasattr(self.compiler, "_compile"):
                 raise CCompilerError(f"compilers of type {self.compiler.compiler_type} are not supported")
@@ -100,6 +111,63 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """Code for Ampere (also 8.6 and 8.9), Hopper and Blackwell, and PTX for what comes after, of those nvcc knows."""
+    text = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = [number for number in ("80", "90", "100") if f"compute_{number}\n" in text]
+    names = ["90a" if number == "90" else number for number in known]
+    code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [*code, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+
+
+def compile_cuda(folder: Path) -> list[str]:
+    """Objects of csrc/cuda/*.cu: nvcc sees no header of torch's or Python's."""
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_unit(source: str) -> str:
+        target = str(folder / f"{Path(source).stem}.cu.o")
+        subprocess.run([nvcc, *NVCC_FLAGS, *cuda_architectures(nvcc), "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
+        return list(pool.map(compile_unit, sources("csrc/cuda/*.cu")))
+
+
+def cuda_runtime(nvcc: str) -> str:
+    """The folder of libcudart_static.a, which makes the module independent of the CUDA runtime that torch brings."""
+    told = subprocess.run([nvcc, "--dryrun", "-c", "nothing.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", told, re.MULTILINE)
+    roots = [Path(top.group(1))] if top else []
+    found = [path for root in roots for path in (*root.glob("lib*"), *root.glob("targets/*/lib"))]
+    return next(str(path) for path in found if (path / "libcudart_static.a").is_file())
+
+
+def cuda_extension(torch: Path, common: dict) -> list[Extension]:
+    asked, nvcc = os.environ.get("GAC_KERNELS_CUDA", ""), find_nvcc()
+    if asked == "0" or (not asked and (nvcc is None or not (torch / "lib/libtorch_cuda.so").is_file())):
+        return []
+    if nvcc is None:
+        raise SystemExit("gac_kernels: GAC_KERNELS_CUDA is set, but there is no nvcc in CUDA_HOME or on the PATH")
+    return [
+        Extension(
+            "gac_kernels._CUDA",
+            sources=sources("csrc/cuda/*.cpp"),
+            depends=["setup.py", *sources("csrc/*.h", "csrc/*/*.h", "csrc/cuda/*.cu", "csrc/cuda/*.cuh")],
+            **common | {
+                "library_dirs": [*common["library_dirs"], cuda_runtime(nvcc)],
+                "libraries": [*common["libraries"], "cudart_static", "dl", "rt", "pthread"],
+            },
+        )
+    ]  # fmt: skip
+
+
 def extensions() -> list[Extension]:
     torch = find_torch()
     if enabled("GAC_KERNELS_SKIP_EXT"):
@@ -107,25 +175,27 @@ def extensions() -> list[Extension]:
     if torch is None:
         return without_extension("the headers of torch >= 2.10 were not found in this environment") or []
     sanitize = [*SANITIZERS, "-O1", "-fno-omit-frame-pointer", "-g1"] if enabled("GAC_KERNELS_SANITIZE") else []
-    return [
-        Extension(
-            "gac_kernels._C",
-            sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
-            depends=["setup.py", *sources("csrc/*.h", "csrc/*/*.h")],
-            define_macros=[
-                ("TORCH_TARGET_VERSION", "0x020a000000000000"),
-                *([("Py_LIMITED_API", "0x030a0000")] if LIMITED_API else []),
-            ],
-            # -isystem: torch's headers are not ours to keep free of warnings
-            extra_compile_args=[*COMMON_FLAGS, *sanitize, "-isystem", str(torch / "include")],
-            extra_link_args=[*sanitize, *(["-Wl,-s"] if sys.platform == "linux" and not sanitize else [])],
-            library_dirs=[str(torch / "lib")],
-            libraries=["torch_cpu"],
-            language="c++",
-            py_limited_api=LIMITED_API,
-            optional=not enabled("GAC_KERNELS_REQUIRE_EXT"),
-        )
-    ]
+    common = {
+        "define_macros": [
+            ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+            *([("Py_LIMITED_API", "0x030a0000")] if LIMITED_API else []),
+        ],
+        # -isystem: torch's headers are not ours to keep free of warnings
+        "extra_compile_args": [*COMMON_FLAGS, *sanitize, "-isystem", str(torch / "include")],
+        "extra_link_args": [*sanitize, *(["-Wl,-s"] if sys.platform == "linux" and not sanitize else [])],
+        "library_dirs": [str(torch / "lib")],
+        "libraries": ["torch_cpu"],
+        "language": "c++",
+        "py_limited_api": LIMITED_API,
+        "optional": not enabled("GAC_KERNELS_REQUIRE_EXT"),
+    }
+    compiled = Extension(
+        "gac_kernels._C",
+        sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
+        depends=["setup.py", *sources("csrc/*.h", "csrc/*/*.h")],
+        **common,
+    )
+    return [compiled, *cuda_extension(torch, common)]
 
 
 setup(

@@ -1,6 +1,10 @@
 // The operators on CUDA C++: the forms `<operator>_cuda` that gac_kernels/library.py defines. Implementations only, through
 // the LibTorch stable ABI: one binary serves every torch from 2.10 on. Built with GAC_EMULATE, the same operators take
 // tensors on the CPU and run their kernels on host threads, for tests.
+#ifndef GAC_EMULATE
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#endif
 #include <torch/csrc/stable/library.h>
 
 #include "advantages_op.h"
@@ -27,3 +31,16 @@ STABLE_TORCH_LIBRARY_IMPL(gac_kernels, CUDA, m) {
     m.impl("gradient_moments_cuda", TORCH_BOX(&gac::cuda::gradient_moments));
     m.impl("accumulate_moments__cuda", TORCH_BOX(&gac::cuda::accumulate_moments_));
 }
+
+#ifndef GAC_EMULATE
+namespace {
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_CUDA", "CUDA kernels of gac_kernels; loading it fills the operators' forms for them.", -1,
+    nullptr, nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__CUDA(void) { return PyModule_Create(&module); }
+#endif
