@@ -156,7 +156,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
         if host := missing_host(block.code):
             left_out.append(f"{block.where} needs {host}")
             lost |= bound_names(block.code)
-        elif names := used_names(block.code) & (lost - namespace.keys()):
+        elif names := (used_names(block.code) - bound_names(block.code)) & (lost - namespace.keys()):
             left_out.append(f"{block.where} goes on from {', '.join(sorted(names))}")
         else:
             execute(block, namespace)
