@@ -6,7 +6,7 @@ device type by the best backend there is, and forms that one backend serves alon
 * ``reference``: eager PyTorch, any device;
 * ``cpu``: the compiled module ``gac_kernels._C``, which fills the CPU slot of the default form by being loaded;
 * ``triton``: one kernel source for GPUs (and, under ``TRITON_INTERPRET=1``, for tests on a CPU);
-* ``cuda``: CUDA C++, when the package carries it.
+* ``cuda``: the compiled module ``gac_kernels._CUDA``, CUDA C++ for NVIDIA's GPUs from sm_80 on.
 
 Nothing falls back in silence: what a backend does not support raises.
 """
@@ -16,8 +16,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,14 +40,16 @@ def _load_compiled() -> tuple[bool, str]:
     return True, f"compiled module, {module.instruction_set()} instructions"
 
 
+@lru_cache
 def _load_cuda() -> str:
-    """Load ``gac_kernels._CUDA``, whose loading fills the operators' forms for CUDA C++; on machines with CUDA only."""
+    """Load ``gac_kernels._CUDA``, whose loading fills the operators' forms for CUDA C++, when first one is asked for: a
+    machine without CUDA never does. Returns why it cannot be, or ""."""
     if importlib.util.find_spec("gac_kernels._CUDA") is None:
-        return "gac_kernels._CUDA is not built: no CUDA toolkit was found at installation"
-    if not torch.cuda.is_available():
-        return "gac_kernels._CUDA is not loaded: no CUDA device is visible"
+        return "gac_kernels._CUDA is not built: at installation there was no CUDA toolkit, or a torch for the CPU"
+    if torch.version.cuda is None:
+        return "gac_kernels._CUDA is built, but this torch is not one for CUDA"
     importlib.import_module("gac_kernels._CUDA")
-    return "compiled module"
+    return ""
 
 
 _said_uncompiled = False
@@ -76,8 +79,8 @@ def _triton(module: str, name: str) -> Callable[..., Any]:
     return launch
 
 
-# Operator -> module of gac_kernels._triton that launches it. The others (the controller, sums over gradients) have no form
-# for Triton: where it is forced, the device's own form serves them.
+# Operator -> module of gac_kernels._triton that launches it. The others (the controller, sums over gradients) have no
+# form for Triton: where it is forced, the device's own form serves them.
 _TRITON = {
     "token_loss": "token_loss",
     "token_weights": "token_weights",
@@ -88,6 +91,43 @@ _TRITON = {
     "fused_rows_": "rows",
     "scale_": "scale",
 }
+
+
+# What serves an operator on a CUDA device: the first backend that this install has and whose least compute capability
+# the device has. Nothing has been timed on a GPU yet: where Triton has a kernel it serves; CUDA C++ goes ahead of it
+# for those operators and capabilities on which benchmarks/results shows that it is faster.
+_BOTH = (("triton", 70), ("cuda", 80), ("reference", 0))
+_CUDA_ALONE = (("cuda", 80), ("reference", 0))
+
+
+def serving_on_cuda(name: str, capability: int, has: Collection[str]) -> str:
+    """The backend of an operator on a device of ``capability`` (90 is sm_90), of those there are. Intel's and AMD's
+    devices have no CUDA C++; AMD's pass for CUDA devices in torch."""
+    order = _BOTH if name in _TRITON else _CUDA_ALONE
+    return next(backend for backend, least in order if backend in has and capability >= least)
+
+
+def _here() -> set[str]:
+    """The backends for CUDA devices that this install has."""
+    cuda = importlib.util.find_spec("gac_kernels._CUDA") is not None and torch.version.cuda is not None
+    return {"reference", *(["triton"] if has_triton else []), *(["cuda"] if cuda else [])}
+
+
+def _on_cuda(name: str, of: dict[str, Callable[..., Any] | None]) -> Callable[..., Any]:
+    """The CUDA slot of an operator; the choice is made at its first call on a device."""
+    chosen: dict[int, Callable[..., Any]] = {}
+
+    def slot(*args: Any) -> Any:
+        index = (args[0] if isinstance(args[0], torch.Tensor) else args[0][0]).get_device()
+        if index not in chosen:
+            major, minor = torch.cuda.get_device_capability(index)
+            backend = serving_on_cuda(name, 10 * major + minor, _here())
+            if backend == "cuda" and (why := _load_cuda()):
+                raise RuntimeError(why)
+            chosen[index] = _overloads[f"{name}_cuda"] if backend == "cuda" else of[backend]  # type: ignore[assignment]
+        return chosen[index](*args)
+
+    return slot
 
 
 def _forms(name: str) -> tuple[str, ...]:
@@ -103,8 +143,7 @@ def _define(name: str) -> None:
     _lib.impl(name, plain, "CompositeExplicitAutograd")
     if triton is not None:
         _lib.impl(f"{name}_triton", triton, "CompositeExplicitAutograd")
-        if has_triton:
-            _lib.impl(name, triton, "CUDA")
+    _lib.impl(name, _on_cuda(name, {"reference": plain, "triton": triton}), "CUDA")
     if not _compiled:
         _lib.impl(name, _warn_uncompiled(plain), "CPU")
 
@@ -113,7 +152,6 @@ has_triton = importlib.util.find_spec("triton") is not None
 _compiled, _compiled_why = _load_compiled()
 for _name in SCHEMAS:
     _define(_name)
-_cuda_why = _load_cuda()
 _overloads = {form: getattr(torch.ops.gac_kernels, form).default for name in SCHEMAS for form in _forms(name)}
 
 
@@ -171,8 +209,8 @@ def use_backend(name: str) -> Iterator[None]:
         raise RuntimeError(f"backend 'cpu' is not available: {_compiled_why}")
     if name == "triton" and not has_triton:
         raise RuntimeError("backend 'triton' is not available: the triton package is not installed")
-    if name == "cuda" and not _cuda_devices():
-        raise RuntimeError(f"backend 'cuda' is not available: {_cuda_why}")
+    if name == "cuda" and not _cuda_devices() and (why := _load_cuda()):
+        raise RuntimeError(f"backend 'cuda' is not available: {why}")
     before, _forced = _forced, name
     try:
         yield
@@ -181,9 +219,24 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backends() -> dict[str, str]:
-    """Which backend serves each device type, and why. Decided once, at import."""
+    """Which backend serves the losses on each device type, and why. :func:`table` has it operator by operator."""
     cpu = f"cpu: {_compiled_why}" if _compiled else f"reference: {_compiled_why}"
-    cuda = "triton: kernels compile on first use" if has_triton else "reference: the triton package is not installed"
+    backend = serving_on_cuda("fused_rows", _capability(), _here())
+    why = {"triton": "kernels compile on first use", "cuda": "compiled module"}
+    cuda = f"{backend}: {why.get(backend, 'the triton package is not installed')}"
     if not torch.cuda.is_available():
         cuda += " (no CUDA device is visible)"
     return {"cpu": cpu, "cuda": cuda, "other": "reference: no kernels for other device types"}
+
+
+def _capability() -> int:
+    """Of the current CUDA device; without one, Hopper's."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return 10 * major + minor
+
+
+def table() -> list[tuple[str, str, str]]:
+    """Operator, device type and the backend that serves it there, of every operator."""
+    on_cuda = {name: serving_on_cuda(name, _capability(), _here()) for name in SCHEMAS}
+    on_cpu = "cpu" if _compiled else "reference"
+    return [row for name in SCHEMAS for row in ((name, "cpu", on_cpu), (name, "cuda", on_cuda[name]))]
