@@ -6,8 +6,8 @@
 (The variable is for a package that runs from its sources: an installed one verl finds by its entry point.)
 
 The task is to write a word backwards. What verl's engines do is done by hand here: a mini-batch in verl's layout, split
-into micro-batches, each through a loss function ``(model_output, data) -> (loss, metrics)``. In a real run
-``GACActorRolloutRefWorker`` puts the hybrid loss into verl's workers; see gac_kernels/integrations/verl.py.
+into micro-batches, each through a loss function ``(model_output, data) -> (loss, metrics)``. In a real run the settings
+put the hybrid loss into verl's workers; see gac_kernels/integrations/verl.py.
 """
 
 from __future__ import annotations

@@ -166,6 +166,11 @@ def policy_loss(
     """
     if config is None:
         raise ValueError("config must be verl's ActorConfig, got None")
+    if _extra(config, "hybrid", False):
+        raise ValueError(
+            "policy_loss.hybrid=True: a policy loss never sees which rows are demonstrations, and the hybrid loss is "
+            "not in its place; set VERL_USE_EXTERNAL_MODULES=gac_kernels.integrations.verl_hybrid or attach(worker)"
+        )
     aggregation, norm_length, denominator = aggregation_of(loss_agg_mode, config.global_batch_info)
     policy, old = policy_of(name, config, log_prob, old_log_prob, response_mask)
     batch = TokenBatch.from_padded(

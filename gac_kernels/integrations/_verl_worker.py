@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from ..config import ConstantPrior, ControllerConfig, CosinePrior, KLTarget
 from ..controller import GuidedAdaptiveController
 from ._verl_hybrid import count_branches, device_of_ranks, hybrid_loss, settings_of
+from ._verl_loss import check_version
 
 
 def controller_config(settings: Mapping[str, Any] | None) -> ControllerConfig:
@@ -75,6 +76,34 @@ def attach(worker: Any, controller: GuidedAdaptiveController | None = None) -> G
     if controller is not None:
         _keep_state(engine, controller)
     return controller
+
+
+def patch_worker() -> None:
+    """Have verl's ActorRolloutRefWorker call :func:`attach` where ``policy_loss.hybrid`` is set, in this process.
+
+    To be done in the driver and in every worker before the model is built, which
+    ``VERL_USE_EXTERNAL_MODULES=gac_kernels.integrations.verl_hybrid`` does. Again is harmless.
+
+    Raises:
+        ImportError: verl is missing or of a version whose hooks are not known.
+    """
+    check_version()
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    original = ActorRolloutRefWorker.init_model
+    if getattr(original, "of_gac_kernels", False):
+        return
+
+    @wraps(original)  # and what verl's driver reads off its workers' methods
+    def init_model(self: Any) -> Any:
+        result = original(self)
+        config = None if self.actor is None else getattr(self.actor.loss_fn, "keywords", {}).get("config")
+        if getattr(getattr(config, "policy_loss", None), "hybrid", False):
+            attach(self.actor)
+        return result
+
+    init_model.of_gac_kernels = True  # type: ignore[attr-defined]
+    ActorRolloutRefWorker.init_model = init_model
 
 
 def _report(controller: GuidedAdaptiveController, outputs: Any) -> None:

@@ -11,9 +11,12 @@ Settings beyond verl's own (a gate, DFPO's transform, the hybrid loss):
     actor_rollout_ref.actor.policy_loss._target_=gac_kernels.integrations.verl.GACPolicyLossConfig
     +actor_rollout_ref.actor.policy_loss.gate=erf
 
-The hybrid loss takes demonstrations as rows of the batch under a bool mask ``expert_mask``. In the trainer's
-``role_worker_mapping``, ``GACActorRolloutRefWorker`` in place of verl's ActorRolloutRefWorker sets it up in every
-process; whoever has a ``TrainingWorker`` at hand calls :func:`attach`.
+The hybrid loss takes demonstrations as rows of the batch under a bool mask ``expert_mask``:
+
+    VERL_USE_EXTERNAL_MODULES=gac_kernels.integrations.verl_hybrid
+    +actor_rollout_ref.actor.policy_loss.hybrid=True
+
+Whoever has a ``TrainingWorker`` at hand calls :func:`attach` instead.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from . import _verl_loss
 from ._verl_head import patch_head, unpatch_head
 from ._verl_hybrid import count_branches, hybrid_loss
 from ._verl_loss import NAMES, policy_loss
-from ._verl_worker import attach, controller_config
+from ._verl_worker import attach, controller_config, patch_worker
 from .checks import OK, Check, check_host
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "count_branches",
     "hybrid_loss",
     "patch_head",
+    "patch_worker",
     "policy_loss",
     "register",
     "registered",
@@ -100,8 +104,6 @@ def __getattr__(name: str) -> Any:
         return register()
     if name == "GACPolicyLossConfig":
         return _config_class()
-    if name == "GACActorRolloutRefWorker":
-        return _worker_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -120,6 +122,7 @@ def _config_class() -> Any:
             gate: SAPO's: sigmoid, erf, arctan or softsign.
             transform, ratio: DFPO's, see :class:`gac_kernels.DFPO`.
             group_size: DFPO's completions a prompt, which must lie whole and in order in each micro-batch.
+            hybrid: demonstrations among the rows, and the hybrid loss for them; see :func:`patch_worker`.
             supervised: of demonstrations: ``phi`` or ``none``, see :class:`gac_kernels.NLL`.
             supervised_aggregation: one of verl's ``loss_agg_mode``.
             expert_key: key of the ``(S,)`` bool mask of demonstrations in verl's data.
@@ -133,6 +136,7 @@ def _config_class() -> Any:
         transform: str = "min_replace"
         ratio: str = "geometric_mean"
         group_size: int | None = None
+        hybrid: bool = False
         supervised: str = "phi"
         supervised_aggregation: str = "token-mean"
         expert_key: str = "expert_mask"
@@ -161,26 +165,6 @@ def _config_class() -> Any:
 
     GACPolicyLossConfig.__module__, GACPolicyLossConfig.__qualname__ = __name__, "GACPolicyLossConfig"
     return GACPolicyLossConfig
-
-
-@cache
-def _worker_class() -> Any:
-    register()
-    from verl.single_controller.base.decorator import Dispatch
-    from verl.single_controller.base.decorator import register as dispatched
-    from verl.workers.engine_workers import ActorRolloutRefWorker
-
-    class GACActorRolloutRefWorker(ActorRolloutRefWorker):
-        """verl's worker, whose actor trains with the hybrid loss; needs a ``policy_loss`` of GACPolicyLossConfig."""
-
-        @dispatched(dispatch_mode=Dispatch.ONE_TO_ALL)
-        def init_model(self) -> None:
-            super().init_model()
-            if self.actor is not None:
-                attach(self.actor)
-
-    GACActorRolloutRefWorker.__module__, GACActorRolloutRefWorker.__qualname__ = __name__, "GACActorRolloutRefWorker"
-    return GACActorRolloutRefWorker
 
 
 if "verl" in sys.modules:  # VERL_USE_EXTERNAL_MODULES: verl imports this module while it is itself imported

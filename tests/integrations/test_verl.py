@@ -179,6 +179,7 @@ def test_verls_sapo_ignores_the_mode_and_ours_does_not():
     [
         ("gac_grpo", {"clip_ratio_c": 1.3}, LOCAL, "clip_ratio_c must exceed 1 \\+ clip_ratio_high"),
         ("gac_sapo", {"tau_pos": 0.0}, LOCAL, "tau_pos"),
+        ("gac_sapo", {"hybrid": True}, LOCAL, "integrations.verl_hybrid"),
         ("gac_dfpo", {}, LOCAL, "group_size"),
         ("gac_dfpo", {"group_size": 4}, LOCAL, "whole groups of 4"),
         ("gac_dfpo", {"group_size": 3, "shuffle": True}, LOCAL, "shuffle=False"),
@@ -265,10 +266,14 @@ def test_verl_loads_the_entry_point(tmp_path):
 
 
 def test_verl_loads_the_external_modules():
-    modules = "gac_kernels.integrations.verl,gac_kernels.integrations.verl_head"
-    code = LOOK + "from gac_kernels.integrations import _verl_head; print(sorted(_verl_head._ORIGINALS))"
+    modules = ",".join(f"gac_kernels.integrations.{name}" for name in ("verl_hybrid", "verl_head"))
+    code = LOOK + (
+        "from gac_kernels.integrations import _verl_head; print(sorted(_verl_head._ORIGINALS))\n"
+        "from verl.workers.engine_workers import ActorRolloutRefWorker as worker\n"
+        "print(worker.init_model.of_gac_kernels)"
+    )
     out = in_a_new_process(code, [], VERL_USE_EXTERNAL_MODULES=modules, VERL_USE_EXTERNAL_PLUGINS="none")
-    assert out.splitlines()[-2:] == [str(sorted(integration.NAMES)), "['head', 'outputs', 'triton_head']"]
+    assert out.splitlines()[-3:] == [str(sorted(integration.NAMES)), "['head', 'outputs', 'triton_head']", "True"]
 
 
 def test_check_and_registered(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import runpy
 from pathlib import Path
 
@@ -203,20 +202,32 @@ def test_what_the_hybrid_loss_refuses(on_cpu):  # noqa: F811
         integration.hybrid_loss({"log_probs": logp}, data, config=actor("gac_sapo", mu=0.5))
 
 
-def test_the_worker_class_attaches(monkeypatch):
-    """verl's own init_model first; what Ray asks of a worker's method stands on ours as on verl's."""
+def test_verls_worker_attaches_where_it_is_asked_to(monkeypatch):
+    """After verl's own init_model; what verl reads off its workers' methods stands on ours too."""
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
-    kind, called = integration.GACActorRolloutRefWorker, []
-    assert issubclass(kind, ActorRolloutRefWorker) and pickle.loads(pickle.dumps(kind)) is kind
-    marks = [{name for name in vars(one.init_model) if "attrs" in name} for one in (kind, ActorRolloutRefWorker)]
-    assert marks[0] == marks[1] and marks[0]
-    made = object.__new__(kind)
-    for actors in (worker(actor("gac_sapo", mu=0.5)), None):  # a worker of rollouts has no actor
-        monkeypatch.setattr(ActorRolloutRefWorker, "init_model", lambda self, one=actors: setattr(self, "actor", one))
+    integration.register()
+    marks = {name: value for name, value in vars(ActorRolloutRefWorker.init_model).items() if "attrs" in name}
+    actors = [worker(actor("gac_sapo", mu=0.5, hybrid=wanted)) for wanted in (True, False)]
+    actors += [worker(actor("vanilla")), None]  # a worker of rollouts has no actor
+
+    def init_model(self):
+        self.actor = next(self.order)
+
+    vars(init_model).update(marks)
+    monkeypatch.setattr(ActorRolloutRefWorker, "init_model", init_model)
+    integration.patch_worker()
+    ours = ActorRolloutRefWorker.init_model
+    integration.patch_worker()  # once is enough
+    assert ActorRolloutRefWorker.init_model is ours is not init_model
+    assert marks and marks.items() <= vars(ours).items()
+    made = object.__new__(ActorRolloutRefWorker)
+    made.order, seen = iter(actors), []
+    for one in actors:
         made.init_model()
-        called.append(made.actor)
-    assert called[0].loss_fn.func is integration.hybrid_loss and called[1] is None
+        assert made.actor is one
+        seen.append(one is not None and one.loss_fn.func is integration.hybrid_loss)
+    assert seen == [True, False, False, False]
 
 
 def test_the_example_learns(capsys):

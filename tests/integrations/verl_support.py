@@ -10,7 +10,18 @@ from verl.workers.utils.losses import ppo_loss
 ROWS, PROMPT, LENGTH = 6, 4, 9
 GLOBAL = {"dp_size": 4, "batch_num_tokens": 517, "global_batch_size": 96}
 LOCAL = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None}
-SETTINGS = ("loss_mode", "gate", "transform", "ratio", "group_size", "mu", "controller", "supervised", "expert_key")
+SETTINGS = (
+    "loss_mode",
+    "gate",
+    "transform",
+    "ratio",
+    "group_size",
+    "mu",
+    "controller",
+    "supervised",
+    "expert_key",
+    "hybrid",
+)
 
 
 def actor(loss_mode, *, ours=False, **settings):
