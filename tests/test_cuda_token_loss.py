@@ -72,15 +72,15 @@ def test_every_policy(policy, dtype):
 def test_kl_aggregations_and_denominators(estimator, aggregation):
     """Each aggregation on the policy's branch beside its neighbour in the list on the other one."""
     names = schemas.AGGREGATIONS
-    for weighted, optional in itertools.product((False, True), ((OLD, REF), (REF,))):
+    for weighted in (False, True):
         objective = gk.HybridObjective(
             gk.SAPO(), gk.NLL("none" if weighted else "phi"), kl_coef=0.1, kl_estimator=estimator,
             kl_ratio_weighted=weighted, aggregation=aggregation,
             supervised_aggregation=names[(names.index(aggregation) + 1) % 4], norm_length=100.0,
         )  # fmt: skip
-        check(arguments(objective, lengths=SHORT, optional=optional, spread=2.0), emulated)
-        check(arguments(objective, lengths=SHORT, optional=optional, denominators=(1000.0, 333.0)), emulated)
-        given = arguments(objective, lengths=SHORT, optional=optional, dtype=torch.float64, denominators=(None, 7.0))
+        check(arguments(objective, lengths=SHORT, optional=(OLD, REF), spread=2.0), emulated)
+        check(arguments(objective, lengths=SHORT, optional=(REF,), denominators=(1000.0, 333.0)), emulated)
+        given = arguments(objective, lengths=SHORT, dtype=torch.float64, denominators=(None, 7.0))
         check(given, emulated)
 
 
@@ -106,7 +106,7 @@ def test_extreme_values_of_live_tokens(policy):
     """Infinite, vanishing, impossible and undefined log-probs, each a sequence of its own: equal to the reference, and
     a gradient that is finite wherever the inputs are no nan."""
     logps = (-math.inf, -200.0, -25.0, -1e-3, 0.0, math.nan)
-    rows = torch.tensor(list(itertools.product(logps, (-math.inf, -1.0, 0.0, -200.0), (1.5, -2.0, 0.0))))
+    rows = torch.tensor(list(itertools.product(logps, (-math.inf, 0.0, -200.0), (1.5, -2.0))))
     for dtype, old in itertools.product((torch.float32, torch.float64), (True, False)):
         objective = gk.HybridObjective(policy, kl_coef=0.1, kl_ratio_weighted=True)
         args = arguments(objective, dtype=dtype, lengths=[1] * len(rows), optional=(OLD, REF) if old else (REF,))
@@ -160,9 +160,9 @@ def test_rollouts_without_advantages_are_not_zero():
 # Order ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("policy", [gk.SAPO(), gk.GSPO(), gk.DFPO("adv_orthogonal")], ids=policy_name)
 def test_the_same_bits_again(policy):
-    args = arguments(gk.HybridObjective(policy, kl_coef=0.05, entropy_coef=0.01), lengths=[300, 70, 3, 0, 90] * 2)
+    args = arguments(gk.HybridObjective(policy, kl_coef=0.05, entropy_coef=0.01), lengths=[300, 70, 3, 0, 90])
     once = emulated(*args)
-    assert all(same_bits(emulated(*args), once) for _ in range(20))
+    assert all(same_bits(emulated(*args), once) for _ in range(10))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -226,13 +226,13 @@ def test_any_nonzero_mask_byte_is_live():
 
 
 def test_many_groups():
-    """DFPO on 400 sequences of interleaved groups, whose members blocks of the grid share."""
-    S = 400
+    """DFPO on 100 sequences of interleaved groups: more than a block has threads, and spread over the blocks."""
+    S = 100
     g = torch.Generator().manual_seed(0)
     for transform in ("min_replace", "adv_orthogonal"):
         objective = gk.HybridObjective(gk.DFPO(transform))
         args = arguments(objective, lengths=[1] * S, optional=(OLD,), poison=False, dtype=torch.float64)
-        args[GROUPS] = torch.randint(-(2**40), 2**40, (S // 4,), generator=g).repeat(4)
+        args[GROUPS] = torch.randint(-(2**40), 2**40, (S // 5,), generator=g).repeat(5)
         check(args, emulated)
 
 
@@ -269,7 +269,9 @@ def test_padded_size_is_checked():
 
 def test_opcheck():
     for optional, packed in ((EVERYTHING, True), ((), False)):
-        args = arguments(gk.HybridObjective(gk.GSPO()), lengths=(3, 0, 20), optional=optional, packed=packed, poison=False)
+        args = arguments(
+            gk.HybridObjective(gk.GSPO()), lengths=(3, 0, 20), optional=optional, packed=packed, poison=False
+        )
         torch.library.opcheck(
             torch.ops.gac_kernels.token_loss_cuda.default, tuple(args), test_utils=("test_schema", "test_faketensor")
         )
