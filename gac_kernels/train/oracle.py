@@ -1,96 +1,35 @@
-"""What the estimators estimate, from the gradients of all parameters, and the estimators on sequences of their own.
+"""What the estimators estimate, from the gradients of all parameters.
 
 Units: all is about the gradients of the two branches' mean losses (mu and 1 - mu taken out). The noise of a branch is
 the trace of the covariance of its gradient over batches of one *step's* size; it is measured on batches ``parts`` times
 smaller, and divided by ``parts``, for the noise of a mean of independent sequences falls with their number.
 
-Shapes: S sequences, T response places, 3 the signals (sigma_s^2, sigma_r^2, Delta^2).
+The truth must vary for a correlation to mean anything, and not along the run alone. So every branch is looked at in
+several conditions at the same weights: demonstrations of which a share is another problem's (``EXCHANGED``), verdicts
+of which a share is turned over (``INVERTED``). The first condition of each is the data as they are. Conditions of one
+branch share their problems and rollouts, and every pair of them, one of each branch, is a point: its noises are those
+of its two conditions, its distance is measured between them.
 """
 
 from __future__ import annotations
 
-import random
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..controller import optimal_mu
-from ..objectives import GRPO, NLL, HybridObjective
-from ..signals import (
-    ADVANTAGE,
-    CR,
-    CR2,
-    CS,
-    CS2,
-    CSCR,
-    DIFF_NORM,
-    DISAGREEMENT,
-    EXPERT,
-    OWN_NORM,
-    Signals,
-    concatenate,
-    estimate,
-)
-from .collect import Collector
+from ..objectives import HybridObjective
 from .loop import Trainer
 from .policy import Policy
-from .rollouts import RolloutBatch
-from .tasks import Example, Task
+from .rollouts import Answered, RolloutBatch, Sampling, assemble, generate
+from .shares import SHARES, Share
+from .tasks import Example
 
-SHARES = 3  # two oracle halves and the estimators: no problem is in two of them
-ESTIMATORS = {"coefficient": ("coefficient", False), "coefficient-znorm": ("coefficient", True)} | {
-    name: (name, False) for name in ("logit", "hidden")
-}
-SEARCH = 4096  # problems looked at for one of a share
-
-
-class Share:
-    """The problems of a task that fall to one of ``SHARES`` by a checksum of their prompt.
-
-    Demonstrations are drawn with replacement: without it batches of a small pool are not independent, and the mean's
-    noise is then not the batches' noise over their number.
-    """
-
-    def __init__(self, task: Task, part: int, seed: int) -> None:
-        self._task, self._part, self._seed = task, part, seed
-        examples = [task.demonstration(position) for position in range(task.demonstrations)]
-        self._pool = [example for example in examples if self._owns(example)]
-        if not self._pool:
-            raise ValueError(
-                f"task needs demonstrations in each of {SHARES} disjoint shares, got none in share {part} "
-                f"of {task.demonstrations}"
-            )
-        self.demonstrations = len(self._pool)
-
-    def _owns(self, example: Example) -> bool:
-        return zlib.crc32(f"share/{example.prompt}".encode()) % SHARES == self._part
-
-    def prompt(self, position: int) -> Example:
-        """The first problem of the share from a place of its own on."""
-        first = random.Random(f"{self._seed}/{self._part}/{position}").randrange(1 << 40)
-        for place in range(first, first + SEARCH):
-            if self._owns(example := self._task.prompt(place)):
-                return example
-        raise ValueError(f"task needs prompts in each of {SHARES} disjoint shares, got none in share {self._part}")
-
-    def demonstration(self, position: int) -> Example:
-        """One of the pool, each equally likely at every position."""
-        return random.Random(f"demonstration/{self._seed}/{self._part}/{position}").choice(self._pool)
-
-    def evaluation(self) -> list[Example]:
-        """The task's own."""
-        return self._task.evaluation()
-
-    def reward(self, example: Example, completion: str) -> float:
-        """The task's own."""
-        return self._task.reward(example, completion)
-
-    def texts(self) -> Iterable[str]:
-        """The task's own."""
-        return self._task.texts()
+EXCHANGED = (0.0, 0.5, 1.0)  # share of the demonstrations that stand under another problem's prompt
+INVERTED = (0.0, 0.5, 1.0)  # share of the verdicts (rewards 0 and 1) that are turned over; 0.5 is a coin toss
 
 
 class Moments:
@@ -140,41 +79,81 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Half:
-    """Moments of both branches over one set of batches."""
+    """Moments of both branches over one set of batches, one a condition."""
 
-    supervised: Moments
-    policy: Moments
+    supervised: list[Moments]
+    policy: list[Moments]
 
     def __add__(self, other: Half) -> Half:
-        return Half(self.supervised + other.supervised, self.policy + other.policy)
+        return Half(
+            [a + b for a, b in zip(self.supervised, other.supervised, strict=True)],
+            [a + b for a, b in zip(self.policy, other.policy, strict=True)],
+        )
 
-    def signals(self, parts: int) -> tuple[float, float, float]:
-        """(sigma_s^2, sigma_r^2, Delta^2) of a step ``parts`` times as large as the batches."""
-        distance = distance2(self.supervised, self.policy)
-        return self.supervised.variance / parts, self.policy.variance / parts, distance
+    def signals(self, parts: int, exchanged: int, inverted: int) -> tuple[float, float, float]:
+        """(sigma_s^2, sigma_r^2, Delta^2) of a step ``parts`` times as large as the batches, in a pair of conditions
+        given by their places in ``EXCHANGED`` and ``INVERTED``."""
+        supervised, policy = self.supervised[exchanged], self.policy[inverted]
+        return supervised.variance / parts, policy.variance / parts, distance2(supervised, policy)
 
 
-def optimum(signals: Sequence[float], alpha: float = 0.5) -> float:
-    """mu* of (sigma_s^2, sigma_r^2, Delta^2); a distance below 0 counts as 0, and nothing at all has none: nan."""
+def optimum(signals: Sequence[float], alpha: float = 0.5, *, cap: float | None = None) -> float:
+    """mu* of (sigma_s^2, sigma_r^2, Delta^2); a distance below 0 counts as 0, and nothing at all has none: nan.
+
+    cap: the distance counts for at most this multiple of the noise, as under ``disagreement_cap``.
+    """
     sigma_s2, sigma_r2, delta2 = signals[0], signals[1], max(0.0, signals[2])
+    if cap is not None:
+        delta2 = min(delta2, cap * (sigma_s2 + sigma_r2))
     if delta2 + sigma_s2 + sigma_r2 <= 0.0:
         return float("nan")
     return float(optimal_mu(sigma_s2, sigma_r2, delta2, alpha))
 
 
-def branch(rows: RolloutBatch, *, expert: bool) -> RolloutBatch:
-    """The rows of one branch alone."""
-    keep = rows.is_expert if expert else ~rows.is_expert
-    return replace(rows, **{name: value[keep] for name, value in rows.state_dict().items()})
-
-
 def branch_gradient(
     policy: Policy, rows: RolloutBatch, objective: HybridObjective, *, expert: bool
 ) -> tuple[Tensor, ...]:
-    """Gradient of a branch's mean loss over all parameters: mu = 1 for demonstrations, 0 for rollouts."""
-    loss, _ = policy(branch(rows, expert=expert), 1.0, objective, 1.0 if expert else 0.0)
+    """Gradient over all parameters of the mean loss of rows of one branch: mu = 1 for demonstrations, 0 for rollouts.
+
+    On the policy's own rollouts, so at importance ratios of 1.
+    """
+    loss, _ = policy(rows, 1.0, objective, 1.0 if expert else 0.0)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     return torch.autograd.grad(loss, parameters, materialize_grads=True)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Problems of one share with their completions, and what the conditions change of them.
+
+    Attributes:
+        answered: whole groups, one after the other. verdict_luck: one number in [0, 1) a completion.
+        demonstrations: as many. others: what stands in for each. exchange_luck: one number in [0, 1) each.
+    """
+
+    answered: list[Answered]
+    verdict_luck: list[float]
+    demonstrations: list[Example]
+    others: list[Example]
+    exchange_luck: list[float]
+
+    def rollouts(self, inverted: float) -> list[Answered]:
+        """The completions, the luckless of the share ``inverted`` with the opposite verdict."""
+        return [
+            replace(row, reward=1.0 - row.reward) if luck < inverted else row
+            for row, luck in zip(self.answered, self.verdict_luck, strict=True)
+        ]
+
+    def shown(self, exchanged: float) -> list[tuple[int, Example]]:
+        """(slot, demonstration), the luckless of the share ``exchanged`` with another problem's text."""
+        texts = (
+            other.demonstration if luck < exchanged else own.demonstration
+            for own, other, luck in zip(self.demonstrations, self.others, self.exchange_luck, strict=True)
+        )
+        return [
+            (slot, replace(own, demonstration=text))
+            for slot, (own, text) in enumerate(zip(self.demonstrations, texts, strict=True))
+        ]
 
 
 class Oracle:
@@ -183,95 +162,108 @@ class Oracle:
     Args:
         trainer: of one rank, with temperature 1.
         parts: batches that a step's sequences are cut into; must divide prompts and demonstrations of a step.
+        conditions: how many of ``EXCHANGED`` and of ``INVERTED`` are looked at. Each costs two gradients' memory a
+            branch.
     """
 
-    def __init__(self, trainer: Trainer, parts: int, seed: int) -> None:
+    def __init__(self, trainer: Trainer, parts: int, seed: int, *, conditions: int = len(EXCHANGED)) -> None:
         config, own = trainer.config, trainer.collector
         for name in ("prompts_per_step", "demonstrations_per_step"):
             if getattr(config, name) % parts or not getattr(config, name):
                 raise ValueError(f"{name} must be a positive multiple of {parts}, got {getattr(config, name)}")
         if config.temperature != 1.0:
             raise ValueError(f"temperature must be 1.0 for the oracle, got {config.temperature}")
-        self.trainer, self.parts = trainer, parts
-        whole, cut = replace(config, micro_batches=1), replace(config, micro_batches=parts)
-        self.collectors = [
-            Collector(c, Share(own.task, part, seed), own.codec, own.ranks) for part, c in enumerate((cut, cut, whole))
-        ]
-        self._generator = torch.Generator().manual_seed(seed)
+        if config.reference or config.objective.kl_coef:
+            raise ValueError("objective must have no KL term for the oracle, which holds no reference model")
+        self.trainer, self.parts, self.codec = trainer, parts, own.codec
+        self.exchanged, self.inverted = EXCHANGED[:conditions], INVERTED[:conditions]
+        self.shares = [Share(own.task, part, seed) for part in range(SHARES)]
+        self._generator, self._positions = torch.Generator().manual_seed(seed), [0] * SHARES
 
     def halves(self, batches: int) -> tuple[Half, Half]:
-        """Two independent halves of ``batches`` batches each (rounded up to whole steps)."""
-        first, second = (self._half(collector, batches) for collector in self.collectors[:2])
+        """Two independent halves of ``batches`` batches each."""
+        first, second = (self._half(part, batches) for part in (0, 1))
         return first, second
 
-    def _half(self, collector: Collector, batches: int) -> Half:
-        half, objective = Half(Moments(), Moments()), self.trainer.config.objective
-        while half.policy.count < batches:
-            for rows in self._collect(collector).micro_batches():
-                half.supervised.add(branch_gradient(self.trainer.policy, rows, objective, expert=True))
-                half.policy.add(branch_gradient(self.trainer.policy, rows, objective, expert=False))
-        return half
+    def draw(self, part: int, prompts: int, demonstrations: int) -> Drawn:
+        """Fresh problems of a share, answered by the policy."""
+        config, share, place = self.trainer.config, self.shares[part], self._positions[part]
+        self._positions[part] += max(prompts, 2 * demonstrations)
+        examples = [share.prompt(place + i) for i in range(prompts)]
+        answered = self._answer([e for e in examples for _ in range(config.group_size)])
+        shown = [share.demonstration(place + i) for i in range(2 * demonstrations)]
+        return Drawn(
+            [replace(row, group=place // config.group_size) for place, row in enumerate(answered)],
+            self._luck(len(answered)),
+            shown[:demonstrations],
+            shown[demonstrations:],
+            self._luck(demonstrations),
+        )
 
-    def _collect(self, collector: Collector) -> RolloutBatch:
-        # Draws of its own: the run goes on as if nobody had looked, for its trainer keeps its own state too.
+    def policy_batches(self, drawn: Drawn, inverted: float, batches: int) -> list[RolloutBatch]:
+        """The rollouts alone, cut into ``batches``."""
+        return self._assemble(drawn.rollouts(inverted), [], batches)
+
+    def supervised_batches(self, drawn: Drawn, exchanged: float, batches: int) -> list[RolloutBatch]:
+        """The demonstrations alone, cut into ``batches``."""
+        return self._assemble([], drawn.shown(exchanged), batches)
+
+    def shuffle(self, values: Tensor) -> Tensor:
+        """In an order of the oracle's own."""
+        return values[torch.randperm(len(values), generator=self._generator).to(values.device)]
+
+    def _half(self, part: int, batches: int) -> Half:
+        config, policy = self.trainer.config, self.trainer.policy
+        prompts, demonstrations = (
+            batches * count // self.parts for count in (config.prompts_per_step, config.demonstrations_per_step)
+        )
+        drawn = self.draw(part, prompts, demonstrations)
+
+        def moments(parts: Iterable[RolloutBatch], *, expert: bool) -> Moments:
+            found = Moments()
+            for rows in parts:
+                found.add(branch_gradient(policy, rows, config.objective, expert=expert))
+            return found
+
+        return Half(
+            [moments(self.supervised_batches(drawn, share, batches), expert=True) for share in self.exchanged],
+            [moments(self.policy_batches(drawn, share, batches), expert=False) for share in self.inverted],
+        )
+
+    def _answer(self, examples: Sequence[Example]) -> list[Answered]:
+        """One completion an example, ``eval_batch`` of them decoded at once."""
+        config, policy, codec = self.trainer.config, self.trainer.policy, self.codec
+        sampling, task, found = Sampling(config.max_new_tokens, config.temperature), self.shares[0], []
+        with self._own_draws():
+            for start in range(0, len(examples), config.eval_batch):
+                part = examples[start : start + config.eval_batch]
+                prompts = [codec.prompt(example.prompt) for example in part]
+                for example, prompt, ids in zip(part, prompts, generate(policy, codec, prompts, sampling), strict=True):
+                    found.append(Answered(0, prompt, ids, task.reward(example, codec.text(ids))))
+        return found
+
+    def _assemble(
+        self, answered: Sequence[Answered], demonstrations: Sequence[tuple[int, Example]], batches: int
+    ) -> list[RolloutBatch]:
+        config = self.trainer.config
+        return assemble(
+            self.codec,
+            answered,
+            demonstrations,
+            group_size=config.group_size,
+            micro_batches=batches,
+            baseline=config.advantage_baseline,
+            scale=config.advantage_scale,
+            device=config.device,
+        ).micro_batches()
+
+    def _luck(self, count: int) -> list[float]:
+        return torch.rand(count, generator=self._generator, dtype=torch.float64).tolist()
+
+    @contextmanager
+    def _own_draws(self) -> Iterator[None]:
+        """The run goes on as if nobody had looked, for its trainer keeps its own state too."""
         device = torch.device(self.trainer.config.device)
         with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
             torch.manual_seed(int(torch.randint(1 << 62, (), generator=self._generator)))
-            return collector.rollouts(self.trainer.policy, self.trainer.mixing).batch
-
-    def fresh(self) -> RolloutBatch:
-        """A step's batch from the estimators' share."""
-        return self._collect(self.collectors[2])
-
-    def signals(self, rows: RolloutBatch) -> dict[str, Signals]:
-        """Of the ordinary pass, and of the three falsified ones: ``advantages``, ``phi``, ``constant``."""
-        objective = self.trainer.config.objective
-        live_S = ~rows.is_expert
-        shuffled, ones = rows.advantages.clone(), rows.advantages.clone()
-        shuffled[live_S] = self._shuffle(shuffled[live_S])
-        ones[live_S] = 1.0
-        return {
-            "ordinary": self._pass(rows, objective),
-            "advantages": self._pass(replace(rows, advantages=shuffled), objective),
-            "phi": self._phi_shuffled(rows, objective),
-            "constant": self._pass(replace(rows, advantages=ones), replace(objective, supervised=NLL("none"))),
-        }
-
-    def _pass(self, rows: RolloutBatch, objective: HybridObjective) -> Signals:
-        _, result = self.trainer.policy(rows, 1.0, objective, 0.5)
-        return result.signals
-
-    def _phi_shuffled(self, rows: RolloutBatch, objective: HybridObjective) -> Signals:
-        """Demonstrations whose token coefficients are each other's: run as rollouts, whose coefficient is -advantage
-        at a ratio of 1 and can be given a token; the columns are then put where a demonstration has them."""
-        rollouts, experts = branch(rows, expert=False), branch(rows, expert=True)
-        _, found = self.trainer.policy(experts, 1.0, objective, 0.5)
-        p_ST = found.logprobs.exp()
-        phi_ST = torch.ones_like(p_ST)
-        if isinstance(objective.supervised, NLL) and objective.supervised.weight == "phi":
-            phi_ST = p_ST * (1.0 - p_ST)
-        phi_ST[experts.response_mask] = self._shuffle(phi_ST[experts.response_mask])
-        as_rollouts = replace(experts, advantages=phi_ST, is_expert=torch.zeros_like(experts.is_expert))
-        signals = self._pass(as_rollouts, replace(objective, policy=GRPO()))
-        columns = list(signals.rows.detach().unbind(1))
-        ours = found.signals.rows.detach().unbind(1)
-        columns[EXPERT], columns[CS], columns[CS2] = ours[EXPERT], columns[CR], columns[CR2]
-        columns[DISAGREEMENT], columns[DIFF_NORM] = columns[CR2], columns[OWN_NORM]
-        columns[ADVANTAGE] = columns[CR] = columns[CR2] = columns[CSCR] = torch.zeros_like(ours[EXPERT])
-        moved = replace(signals, rows=torch.stack(columns, dim=1))
-        return concatenate([self._pass(rollouts, objective), moved])
-
-    def _shuffle(self, values: Tensor) -> Tensor:
-        return values[torch.randperm(len(values), generator=self._generator).to(values.device)]
-
-
-def estimates(signals: Signals) -> dict[str, tuple[float, float, float]]:
-    """The three signals by every estimator that the pass can feed (``hidden`` needs a head that is understood)."""
-    found = {}
-    for name, (estimator, znorm) in ESTIMATORS.items():
-        if estimator == "hidden" and signals.hidden is None:
-            continue
-        values, present = estimate(signals, estimator, trim=0.1, znorm=znorm)
-        a, b, c = torch.where(present, values, torch.nan).tolist()
-        found[name] = (a, b, c)
-    return found
+            yield
