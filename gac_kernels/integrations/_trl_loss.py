@@ -5,13 +5,14 @@ Shapes: B rollouts and D demonstrations of a micro-batch, P prompt tokens, T tok
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..objectives import CISPO, DFPO, GIFT, GRPO, SAPO, HybridObjective
+from ..objectives import CISPO, DFPO, GIFT, GRPO, GSPO, SAPO, HybridObjective
 from ..ops import hybrid_loss
 from ..types import Denominators, HybridLoss, TokenBatch
 
@@ -24,6 +25,7 @@ _AGGREGATIONS = {
     "bnpo": "token-mean",
     "dapo": "token-mean",
     "cispo": "token-mean",
+    "luspo": "seq-mean-token-sum",
 }
 
 
@@ -32,11 +34,15 @@ def objective_of(trainer: Any) -> HybridObjective:
     args, kind = trainer.args, trainer.loss_type
     if kind not in _AGGREGATIONS:
         raise ValueError(f"loss_type must be one of {', '.join(_AGGREGATIONS)} for a hybrid loss; got {kind!r}")
-    policy: SAPO | CISPO | GRPO
+    policy: SAPO | CISPO | GRPO | GSPO
     if kind == "sapo":
         policy = SAPO("sigmoid", args.sapo_temperature_pos, args.sapo_temperature_neg)
     elif kind == "cispo":
         policy = CISPO(trainer.epsilon_high)
+    elif trainer.importance_sampling_level == "sequence":
+        if args.delta is not None:
+            raise ValueError(f"delta must be None with importance_sampling_level='sequence', got {args.delta:g}")
+        policy = GSPO(trainer.epsilon_low, trainer.epsilon_high)
     else:
         policy = GRPO(trainer.epsilon_low, trainer.epsilon_high, args.delta)
     return HybridObjective(
@@ -59,12 +65,19 @@ def check_objective(trainer: Any, objective: HybridObjective) -> None:
         raise ValueError("objective.supervised = GIFT needs a base model's logits, which TRL's batches do not hold")
     if objective.kl_coef != trainer.beta:
         raise ValueError(f"objective.kl_coef must be the trainer's beta = {trainer.beta:g}, got {objective.kl_coef:g}")
+    if objective.entropy_coef and trainer.entropy_coef:
+        raise ValueError(
+            f"objective.entropy_coef = {objective.entropy_coef:g} and the trainer's entropy_coef = "
+            f"{trainer.entropy_coef:g} exclude each other, got both"
+        )
     args = trainer.args
+    level = trainer.importance_sampling_level
+    by_sequence = isinstance(objective.policy, GSPO)
+    by_token = by_sequence and objective.kl_coef != 0 and objective.kl_ratio_weighted  # TRL's: by the sequence's
     expected = {
-        "importance_sampling_level": (trainer.importance_sampling_level, "token"),
-        "top_entropy_quantile": (trainer.top_entropy_quantile, 1.0),
-        "off_policy_mask_threshold": (trainer.off_policy_mask_threshold, None),
-        "an entropy bonus (entropy_coef, use_adaptive_entropy)": (trainer._entropy_bonus_enabled, False),
+        "importance_sampling_level": (level, level if by_sequence else "token"),
+        "use_bias_correction_kl with sequence-level ratios": (by_token, False),
+        "use_adaptive_entropy": (trainer.use_adaptive_entropy, False),
         "the auxiliary loss of a mixture of experts (router_aux_loss_coef)": (trainer.aux_loss_enabled, False),
         "remove_unused_columns": (args.remove_unused_columns, False),
     }
@@ -83,25 +96,56 @@ def micro_batch(
     logprobs, entropy, _ = trainer._get_per_token_logps_and_entropies(
         model, rows["input_ids"], rows["attention_mask"], rows["targets"].shape[1], compute_entropy=True
     )
-    demonstrations = len(rows["targets"]) - len(inputs["advantages"])
+    mask, weights = _policy_weights(trainer, inputs, logprobs.detach(), entropy.detach())
+    of_rollouts = {
+        "old_logprobs": inputs.get("old_per_token_logps"),
+        "ref_logprobs": inputs.get("ref_per_token_logps"),
+        "rollout_weights": weights,
+    }
+    experts = len(rows["targets"]) - len(mask)
     batch = TokenBatch.from_padded(
         rows["targets"],
         rows["loss_mask"],
         is_expert_S=rows["is_expert"],
         advantages=rows["advantages"],
-        **{
-            name: _with_demonstrations(inputs.get(key), rows["targets"], demonstrations)
-            for name, key in (
-                ("old_logprobs", "old_per_token_logps"),
-                ("ref_logprobs", "ref_per_token_logps"),
-                ("rollout_weights", "importance_sampling_ratio"),
-            )
-        },
+        **{name: _with_demonstrations(value, rows["targets"], experts) for name, value in of_rollouts.items()},
     )
     result = hybrid_loss(
         logprobs, batch, objective, mu, entropy=entropy, denominators=_denominators(trainer, inputs, objective, batch)
     )
+    if trainer.entropy_coef:  # TRL's bonus is a mean over the micro-batch's tokens, whatever the loss divides by
+        bonus = (entropy[: len(mask), : mask.shape[1]] * mask).sum() / mask.sum().clamp(min=1)
+        share = trainer.entropy_coef / trainer.current_gradient_accumulation_steps
+        result = replace(result, loss=result.loss - (1 - mu) * share * bonus)
     return result, batch, entropy.detach()
+
+
+def _policy_weights(
+    trainer: Any, inputs: dict[str, Any], logprobs: Tensor, entropy: Tensor
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``(B, T)``: the rollouts' tokens that an entropy bonus acts on; and what multiplies a token's policy term but not
+    its KL, ``(B, T)`` or ``(B, 1)``: the correction for the sampler, and TRL's two masks."""
+    mask = inputs["completion_mask"]
+    mask = mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+    rollouts, length = mask.shape
+    logprobs, entropy = logprobs[:rollouts, :length], entropy[:rollouts, :length]
+    weights: Tensor | None = inputs.get("importance_sampling_ratio")
+    if trainer.off_policy_mask_threshold is not None:
+        advantages = inputs["advantages"]
+        sampled = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
+        kept = trainer.get_off_policy_mask(
+            advantages if advantages.dim() == 2 else advantages[:, None],
+            logprobs,
+            logprobs if sampled is None else sampled,
+            mask,
+            trainer.off_policy_mask_threshold,
+        ).to(logprobs.dtype)
+        weights = kept if weights is None else weights * kept
+    if trainer.top_entropy_quantile < 1.0:
+        chosen = trainer.get_high_entropy_mask(entropy, mask, 1 - trainer.top_entropy_quantile)
+        weights = chosen.to(logprobs.dtype) if weights is None else weights * chosen
+        mask = mask * chosen
+    return mask, weights
 
 
 def _rows(inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -82,6 +82,11 @@ def attach(
     ``(1 - mu) * policy + mu * supervised``. Of every group of completions the first then brings its prompt's
     demonstration with it, in the same forward pass. Evaluation keeps TRL's own loss.
 
+    The hybrid loss follows ``loss_type`` (all but VESPO), ``importance_sampling_level="sequence"`` with a clipped loss
+    (GSPO), ``beta``, ``entropy_coef``, ``top_entropy_quantile``, ``off_policy_mask_threshold`` and vLLM's correction.
+    What it does not support raises: images, ``use_adaptive_entropy``, the auxiliary loss of a mixture of experts, DFPO
+    (its groups are spread over micro-batches), GIFT (needs a base model's logits; see :func:`attach_sft`).
+
     Args:
         trainer: a ``trl.GRPOTrainer``.
         head: whether log-probs and entropies come from :func:`gac_kernels.token_logprobs_from_hidden`.
@@ -273,6 +278,8 @@ class Attachment:
             logs[f"gac/{name}"].append(value)
         total, count = trainer.accelerator.reduce(torch.stack(entropies).sum(0), reduction="sum").tolist()
         logs["entropy"].append(total / max(count, 1.0))
+        if trainer.entropy_coef:
+            logs["entropy_coef"].append(trainer.entropy_coef)
         if trainer.beta != 0.0:
             kl = trainer.accelerator.reduce(sums[SCALARS.index("kl")], reduction="mean")
             logs["kl"].append(kl.item())

@@ -64,6 +64,38 @@ def test_other_settings_are_stock_trl_too(tmp_path, stock, settings):
     assert_same_curves(curve(made), stock(**settings))
 
 
+@pytest.mark.parametrize(
+    ("option", "settings"),
+    [
+        ({"importance_sampling_level": "sequence"}, {"loss_type": "grpo", "num_iterations": 2}),
+        (
+            {"importance_sampling_level": "sequence"},
+            {"loss_type": "dapo", "num_iterations": 2, "beta": 0.1, "use_bias_correction_kl": False},
+        ),
+        ({"importance_sampling_level": "sequence"}, {"loss_type": "luspo", "num_iterations": 2}),
+        ({"loss_type": "luspo"}, {"num_iterations": 2}),
+        ({"entropy_coef": 0.05}, {"loss_type": "dapo"}),
+        ({"entropy_coef": 0.05}, {"loss_type": "sapo", "beta": 0.1}),
+        ({"top_entropy_quantile": 0.4}, {"loss_type": "grpo", "beta": 0.1}),
+        ({"top_entropy_quantile": 0.4}, {"loss_type": "sapo", "entropy_coef": 0.05}),
+        ({"off_policy_mask_threshold": 0.0}, {"loss_type": "dapo", "num_iterations": 2}),
+    ],
+    ids=lambda value: "-".join(str(part) for pair in value.items() for part in pair),
+)
+def test_options_of_the_policy_loss_are_stock_trl_too(tmp_path, stock, option, settings):
+    """Each changes stock TRL's curve here, and ours with it; demonstrations are there, and have no weight."""
+    settings = {"epsilon": 0.002, "epsilon_high": 0.002, "temperature": 1.3, "learning_rate": 1e-2} | settings
+    expected = stock(**settings, **option)
+    made = trainer(tmp_path / "ours", **settings, **option)
+    attach(made, mu=0.0, demonstrations="demonstration")
+    made.train()
+    assert_same_curves(curve(made), expected)
+    without = torch.tensor(stock(**settings))
+    assert float((without - torch.tensor(expected)).abs().max()) > 1e-4
+    if made.entropy_coef:
+        assert [row["entropy_coef"] for row in made.state.log_history if "gac/mu" in row] == [0.05] * 5
+
+
 def test_the_head_is_ours_only_inside_a_forward(tmp_path, monkeypatch):
     from trl.trainer import utils
 
@@ -179,10 +211,27 @@ def test_a_hook_that_moved_is_named(tmp_path, monkeypatch):
     ("settings", "options", "message"),
     [
         ({"loss_type": "vespo"}, {"mu": 0.0}, "loss_type must be one of .*got 'vespo'"),
-        ({"importance_sampling_level": "sequence"}, {"mu": 0.0}, "importance_sampling_level.*'token', got 'sequence'"),
-        ({"top_entropy_quantile": 0.5}, {"mu": 0.0}, "top_entropy_quantile.*expected 1.0, got 0.5"),
-        ({"off_policy_mask_threshold": 0.5}, {"mu": 0.0}, "off_policy_mask_threshold.*got 0.5"),
-        ({"entropy_coef": 0.1}, {"mu": 0.0}, "entropy bonus"),
+        (
+            {"importance_sampling_level": "sequence", "loss_type": "sapo"},
+            {"mu": 0.0},
+            "importance_sampling_level.*expected 'token', got 'sequence'",
+        ),
+        (
+            {"importance_sampling_level": "sequence", "delta": 2.0, "loss_type": "grpo"},
+            {"mu": 0.0},
+            "delta must be None with importance_sampling_level='sequence', got 2",
+        ),
+        (
+            {"importance_sampling_level": "sequence", "use_bias_correction_kl": True, "loss_type": "grpo", "beta": 0.1},
+            {"mu": 0.0},
+            "use_bias_correction_kl.*expected False, got True",
+        ),
+        ({"use_adaptive_entropy": True}, {"mu": 0.0}, "use_adaptive_entropy.*expected False, got True"),
+        (
+            {"entropy_coef": 0.1},
+            {"mu": 0.0, "objective": gk.HybridObjective(entropy_coef=0.2)},
+            "objective.entropy_coef = 0.2 and the trainer's entropy_coef = 0.1 exclude each other",
+        ),
         ({"beta": 0.1}, {"mu": 0.0, "objective": gk.HybridObjective()}, "kl_coef must be the trainer's beta = 0.1"),
         ({"remove_unused_columns": True}, {"demonstrations": "demonstration"}, "remove_unused_columns"),
         ({}, {"demonstrations": "solution"}, r"demonstrations must be a column.*'solution'"),

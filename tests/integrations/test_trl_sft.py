@@ -132,6 +132,17 @@ def test_a_step_of_two_micro_batches_is_the_formula(tmp_path, objective, layout)
         torch.testing.assert_close(gradients[name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("objective", [gk.NLL("none"), gk.NLL("phi"), gk.GIFT()], ids=["none", "phi", "gift"])
+def test_under_autocast_the_first_loss_is_float32s_within_bfloat16(tmp_path, objective):
+    exact, rounded = (sft_trainer(tmp_path / str(bf16), max_steps=1, bf16=bf16) for bf16 in (False, True))
+    for made in (exact, rounded):
+        attach_sft(made, objective=objective)
+        made.train()
+    ((loss, norm),), ((loss16, norm16),) = curve(exact), curve(rounded)
+    assert loss16 == pytest.approx(loss, rel=2**-8) and norm16 == pytest.approx(norm, rel=2**-5)
+    assert loss16 != loss
+
+
 def test_gift_compares_with_the_model_as_it_was(tmp_path):
     """The copy keeps the first weights while the trainer's move: its log-probs are those from before."""
     made = sft_trainer(tmp_path, learning_rate=1e-2)
