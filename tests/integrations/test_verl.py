@@ -227,6 +227,23 @@ def test_settings_come_from_a_target():
     assert pickle.loads(pickle.dumps(made)) == made  # Ray sends it to the workers
 
 
+def test_verls_own_configuration_takes_them():
+    """The overrides that the module's docstring shows, on the configuration that verl's trainer starts from."""
+    import verl
+    from hydra import compose, initialize_config_dir
+
+    shown = [line.strip() for line in integration.__doc__.splitlines() if "actor_rollout_ref.actor." in line]
+    shown = [line.split("  ")[0] for line in shown] + ["+actor_rollout_ref.actor.policy_loss.controller={prior: 0.3}"]
+    assert len(shown) == 5
+    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
+        needed = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4"]
+        config = compose("ppo_trainer", overrides=[*shown, *needed])
+    made = pickle.loads(pickle.dumps(omega_conf_to_dataclass(config.actor_rollout_ref.actor)))
+    settings = made.policy_loss
+    assert (settings.loss_mode, settings.gate, settings.hybrid) == ("gac_sapo", "erf", True)
+    assert integration.controller_config(settings.controller).prior == gk.ConstantPrior(0.3)
+
+
 # The plugin ---------------------------------------------------------------------------------------------------
 LOOK = """
 import sys
