@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def audit(path: Path, service: str) -> tuple[list[dict[str, Any]], str]:
     try:
         entries = json.loads(run.stdout)["dependencies"]
     except ValueError:  # no report: it could not be reached, or did not understand the file
-        return [], (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
+        last = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
+        return [], textwrap.shorten(last, 120)
     skipped = [entry["skip_reason"] for entry in entries if "skip_reason" in entry]
     return [entry for entry in entries if "vulns" in entry], f"{len(skipped)} left out: {skipped[0]}" if skipped else ""
 
