@@ -180,6 +180,7 @@ def test_poison_at_masked_places_reaches_nothing(name):
         loss, metrics = module(**arguments(made, case, _input=hidden, selected_token_ids=ids, **names))
         logits = made["logits"].clone()
         logits[:, :-1][dead] = poison
+        logits[:, -1] = poison  # which predicts nothing
         leaf = logits.requires_grad_()
         other, other_metrics = triton_grpo_loss(
             leaf * 1.0, poisoned[1], poisoned[0], ids, made["advantages"], made["mask"], reduce=True, inplace=False,

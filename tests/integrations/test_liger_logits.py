@@ -128,6 +128,17 @@ def test_in_place_has_one_backward_and_takes_no_overlap():
         triton_grpo_loss(made["logits"][:1].expand(B, -1, -1), *given)
 
 
+def test_traces_as_one_graph():
+    """Under torch.compile, which plans memory itself, in place makes no difference."""
+    made = data(SIMPLE, torch.float32)
+    eager = from_logits(triton_grpo_loss, made, SIMPLE, True, False)
+    compiled = torch.compile(triton_grpo_loss, backend="aot_eager", fullgraph=True)
+    (loss, metrics), gradient, logits = from_logits(compiled, made, SIMPLE, True, True)
+    close(loss.detach(), eager[0][0].detach())
+    close(gradient, eager[1])
+    assert len(metrics) == 2 and torch.equal(logits.detach(), made["logits"])
+
+
 def test_strided_logits_and_no_mask():
     made = data(SIMPLE, torch.float32)
     old, ref = near(logp_of(made["logits"][:, :-1], made["ids"], 0.9), made, SIMPLE)
