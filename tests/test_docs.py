@@ -15,6 +15,7 @@ Any other language, or none, is an error.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import json
@@ -342,3 +343,8 @@ def test_the_site_is_built_and_fetches_nothing(tmp_path: Path) -> None:
 
     for name in gk.__all__:
         assert f'id="gac_kernels.{name}"' in api, f"docs/api.md does not show {name}"
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    cli = (tmp_path / "site" / "cli" / "index.html").read_text()
+    for name, parser in commands.choices.items():
+        assert f'id="{name}"' in cli, f"docs/cli.md does not show {name}"
+        assert all(flag in cli for action in parser._actions for flag in action.option_strings[-1:] if flag != "--help")
