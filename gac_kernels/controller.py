@@ -30,7 +30,7 @@ from .config import ConstantPrior, ControllerConfig, CosinePrior, KLTarget
 from .distributed import gather_signals, mean_kl, world_size
 from .library import call
 from .reference.controller import optimal_mu
-from .signals import Signals, concatenate, live_policy_tokens, require_alike
+from .signals import Signals, concatenate, estimate, live_policy_tokens, require_alike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -90,7 +90,7 @@ class GuidedAdaptiveController:
         self.config = config
         self._group = process_group
         self._target = config.alpha if isinstance(config.alpha, KLTarget) else None
-        self._static = schema.encode_config(config)
+        self._static, self._fused = schema.encode_config(config), schema.fused_estimate(config)
         self._fingerprint = zlib.crc32(json.dumps(config.as_dict(), sort_keys=True).encode())
         self._observed: list[Signals] = []
         self._step = 0
@@ -174,11 +174,14 @@ class GuidedAdaptiveController:
         return self._mu
 
     def _seen(self, observed: Signals | None, kl: Tensor | None) -> tuple[Any, ...]:
-        """The operator's arguments behind the state."""
+        """The operator's arguments behind the state: the signals' rows, or what signals.estimate makes of them."""
         weights = schema.encode_signals(observed)
         if observed is None:
             return None, None, None, kl, *self._static, *weights
-        hidden = observed.hidden
+        config, hidden = self.config, observed.hidden
+        if not self._fused:
+            values, present = estimate(observed, config.estimator, trim=config.trim, znorm=config.znorm)
+            return None, None, torch.cat((values, present.double())), kl, *self._static, *weights
         if hidden is not None:
             hidden = (hidden if hidden.dtype == torch.float64 else hidden.float()).contiguous()
         return observed.rows.contiguous(), hidden, None, kl, *self._static, *weights

@@ -7,6 +7,7 @@ so the same call can be repeated by a CUDA graph.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,22 @@ CONTROLLER_STEP = """(Tensor state, Tensor? rows, Tensor? hidden, Tensor? estima
 
 def fake_controller_step(state: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return state.new_empty(STATE_NUMBERS), state.new_empty((), dtype=torch.float32)
+
+
+# The fields of ControllerConfig that encode_config encodes, or that only say how a controller begins. An estimator
+# with an option beside them is computed by signals.estimate, and the operator takes its result: see fused_estimate.
+ENCODED_FIELDS = frozenset({
+    "estimator", "smoothing", "ema_beta", "update_every", "blend", "change_cap", "mu_min", "mu_max", "init_mu", "trim",
+    "alpha", "prior", "disagreement_cap", "znorm",
+})  # fmt: skip
+
+
+def fused_estimate(config: ControllerConfig) -> bool:
+    """Whether the operator itself estimates the signals from their rows: where every option that it does not know has
+    its default value, which must then mean what the estimators did without the option."""
+    return all(
+        getattr(config, field.name) == field.default for field in fields(config) if field.name not in ENCODED_FIELDS
+    )
 
 
 def encode_config(config: ControllerConfig) -> tuple[Any, ...]:

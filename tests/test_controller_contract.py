@@ -3,6 +3,7 @@
 import io
 import math
 import random
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -304,3 +305,26 @@ def test_columns():
     assert [sig.SIGNAL_COLUMNS[i] for i in (sig.EXPERT, sig.TOKENS, sig.OWN_NORM, sig.DIFF_NORM)] == [
         "expert", "tokens", "own_norm", "diff_norm",
     ]  # fmt: skip
+
+
+def test_every_option_of_the_configuration_is_known_to_the_operator():
+    """An option that the kernels do not know must be one of the estimators', with a default that changes nothing; then
+    it belongs into this test, and into the call of signals.estimate in the controller."""
+    assert {field.name for field in fields(gk.ControllerConfig)} == controller_schema.ENCODED_FIELDS
+
+
+def test_an_option_that_the_operator_does_not_know_is_estimated_outside():
+    @dataclass(frozen=True)
+    class WithOption(gk.ControllerConfig):
+        debias: bool = False
+
+    controllers = [gk.GuidedAdaptiveController(WithOption(update_every=1, debias=debias)) for debias in (False, True)]
+    assert [controller._fused for controller in controllers] == [True, False]
+    rng = random.Random(4)
+    for t in range(30):
+        signals = Signals(rows_tensor(observed_rows(rng, t)))
+        for controller in controllers:
+            controller.observe(signals)
+            controller.step()
+    fused, given = (controller._state for controller in controllers)
+    torch.testing.assert_close(fused, given, rtol=1e-12, atol=0)
