@@ -218,13 +218,16 @@ def main() -> None:
     if options.contestant:
         serve(options.contestant, options)
         return
-    records = [record for dtype in options.dtype for record in measure(dtype, options)]
+    records = []
     print(f"{'dtype':6s} {'contestant':10s} {'seconds':>8s} {'from':>7s} {'to':>7s} {'trl / x':>7s} {'peak MiB':>9s}")
-    for r in records:
-        print(
-            f"{r['dtype']:6s} {r['contestant']:10s} {r['seconds']:8.2f} {r['low']:7.2f} {r['high']:7.2f} "
-            f"{r['ratio']:7.2f} {r['peak_mib']:9.0f}"
-        )
+    for dtype in options.dtype:
+        for r in measure(dtype, options):
+            records.append(r)
+            print(
+                f"{r['dtype']:6s} {r['contestant']:10s} {r['seconds']:8.2f} {r['low']:7.2f} {r['high']:7.2f} "
+                f"{r['ratio']:7.2f} {r['peak_mib']:9.0f}",
+                flush=True,
+            )
     about = {
         "date": date.today().isoformat(), "torch": torch.__version__, "threads": torch.get_num_threads(),
         "cpu": platform.processor() or platform.machine(), "load": os.getloadavg()[0], "tokens": options.sequences

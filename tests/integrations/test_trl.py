@@ -96,6 +96,16 @@ def test_options_of_the_policy_loss_are_stock_trl_too(tmp_path, stock, option, s
         assert [row["entropy_coef"] for row in made.state.log_history if "gac/mu" in row] == [0.05] * 5
 
 
+def test_options_of_the_policy_loss_leave_demonstrations_alone(tmp_path):
+    curves = []
+    for name, options in (("with", {"entropy_coef": 0.1, "top_entropy_quantile": 0.4}), ("without", {})):
+        made = trainer(tmp_path / name, **options)
+        attach(made, mu=1.0, demonstrations="demonstration")
+        made.train()
+        curves.append(curve(made))
+    assert_same_curves(*curves)
+
+
 def test_the_head_is_ours_only_inside_a_forward(tmp_path, monkeypatch):
     from trl.trainer import utils
 
