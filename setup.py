@@ -6,7 +6,7 @@ C++ compiler are missing the package installs without the extension and computes
 ``gac_kernels.backends()`` tells. Environment:
 
 * ``GAC_KERNELS_REQUIRE_EXT=1``: fail rather than install without the extension;
-* ``GAC_KERNELS_SKIP_EXT=1``: do not try to build it;
+* ``GAC_KERNELS_SKIP_EXT=1``: do not try to build the CPU kernels;
 * ``GAC_KERNELS_SANITIZE=1``: build with the address and undefined-behaviour sanitizers (for tests);
 * ``GAC_KERNELS_CUDA=1``: build the CUDA kernels, also beside a torch for the CPU (no GPU is needed), or fail; ``0``: do
   not. By default they are built where nvcc is found and torch is one for CUDA.
@@ -170,8 +170,6 @@ def cuda_extension(torch: Path, common: dict) -> list[Extension]:
 
 def extensions() -> list[Extension]:
     torch = find_torch()
-    if enabled("GAC_KERNELS_SKIP_EXT"):
-        return without_extension("GAC_KERNELS_SKIP_EXT is set") or []
     if torch is None:
         return without_extension("the headers of torch >= 2.10 were not found in this environment") or []
     sanitize = [*SANITIZERS, "-O1", "-fno-omit-frame-pointer", "-g1"] if enabled("GAC_KERNELS_SANITIZE") else []
@@ -189,6 +187,8 @@ def extensions() -> list[Extension]:
         "py_limited_api": LIMITED_API,
         "optional": not enabled("GAC_KERNELS_REQUIRE_EXT"),
     }
+    if enabled("GAC_KERNELS_SKIP_EXT"):
+        return without_extension("GAC_KERNELS_SKIP_EXT is set") or cuda_extension(torch, common)
     compiled = Extension(
         "gac_kernels._C",
         sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp"),

@@ -1,7 +1,9 @@
-"""csrc/cuda built for the CPU, a host thread for each CUDA thread: the operators ``*_cuda`` then take tensors on the CPU.
+"""csrc/cuda built for the CPU, a host thread for each CUDA thread: the operators ``*_cuda`` then take CPU tensors.
 
 Built once for these sources and this torch into ``build/``; ``load()`` makes ``gk.use_backend("cuda")`` work in the
 process. GAC_EMULATE_THREADS, _CLUSTER, _SHARED and _CAPABILITY describe the emulated machine; they are read once.
+GAC_EMULATE_SANITIZER ("address", "thread") builds with that sanitizer, whose library the process must have preloaded;
+GAC_EMULATE_PLANT names a fault of ``PLANTS`` to build in, which the sanitizer must find. ``.ci/cuda`` uses both.
 """
 
 from __future__ import annotations
@@ -21,21 +23,26 @@ import gac_kernels  # noqa: F401 - defines the operators
 
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DGAC_EMULATE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-DGAC_EMULATE"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZERS = {
     "": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-g1"],
     "thread": ["-fsanitize=thread", "-fno-omit-frame-pointer", "-g1"],
 }
+# Fault -> file under csrc/cuda, what stands there once, and what takes its place.
+PLANTS = {
+    "off-by-one": ("row_memory.cuh", "return vector * Width + Width <= columns;", "return vector * Width < columns;"),
+    "missing-barrier": (
+        "row_moments.cuh", "    barrier();  // the first warp adds up what all have left\n", "",
+    ),
+}  # fmt: skip
+SANITIZER, PLANT = os.environ.get("GAC_EMULATE_SANITIZER", ""), os.environ.get("GAC_EMULATE_PLANT", "")
 TORCH = Path(torch.__file__).parent
 
 
-def sources(pattern: str) -> list[Path]:
-    return sorted((ROOT / "csrc" / "cuda").glob(pattern))
-
-
 def _digest() -> str:
-    digest = hashlib.sha256(" ".join([COMPILER, *FLAGS, torch.__version__]).encode())
+    digest = hashlib.sha256(" ".join([COMPILER, *FLAGS, torch.__version__, SANITIZER, PLANT]).encode())
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -55,6 +62,19 @@ def compile_units(units: list[Path], into: Path, flags: list[str]) -> list[str]:
         return list(pool.map(one, units))
 
 
+def _planted(work: Path) -> Path:
+    """The sources, or a copy with the planted fault."""
+    if not PLANT:
+        return ROOT / "csrc"
+    name, good, bad = PLANTS[PLANT]
+    shutil.copytree(ROOT / "csrc", work / "csrc")
+    path = work / "csrc" / "cuda" / name
+    text = path.read_text()
+    assert text.count(good) == 1, f"{name} has {text.count(good)} of what the fault {PLANT!r} replaces"
+    path.write_text(text.replace(good, bad))
+    return work / "csrc"
+
+
 def build() -> Path:
     """The module, built if these sources were not."""
     folder = ROOT / "build"
@@ -66,10 +86,12 @@ def build() -> Path:
             work = folder / f"emulated-{os.getpid()}"
             work.mkdir()
             torch_flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
-            objects = compile_units(sources("*.cu"), work, [])
-            objects += compile_units(sources("*.cpp"), work, torch_flags)
-            link = [COMPILER, "-shared", "-pthread", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", str(work / "module.so")]
-            subprocess.run(link, check=True)
+            folder_of_sources = _planted(work) / "cuda"
+            sanitizer = SANITIZERS[SANITIZER]
+            objects = compile_units(sorted(folder_of_sources.glob("*.cu")), work, sanitizer)
+            objects += compile_units(sorted(folder_of_sources.glob("*.cpp")), work, torch_flags)
+            link = [COMPILER, "-shared", "-pthread", *sanitizer, *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+            subprocess.run([*link, "-o", str(work / "module.so")], check=True)
             (work / "module.so").replace(module)
             shutil.rmtree(work)
     return module

@@ -1,5 +1,5 @@
-"""The CUDA C++ row kernels against the float64 oracle, on host threads (cuda_emulation.py): what they compute, what they
-touch, and that a row's result depends on nothing but the row."""
+"""The CUDA C++ row kernels against the float64 oracle, on host threads (cuda_emulation.py): what they compute, what
+they touch, and that a row's result depends on nothing but the row."""
 
 from __future__ import annotations
 
@@ -173,9 +173,10 @@ def test_columns_of_another_shard():
 def test_scaling(dtype):
     for shape in ((3,), (2, 3, 37), (70_000,)):
         value = torch.randn(shape).to(dtype)
-        want = (value.double() * 0.37).to(dtype)
+        factor = torch.tensor(0.37, dtype=torch.promote_types(dtype, torch.float32))
+        want = (value.double() * factor.double()).to(dtype)
         scaled, same = value.clone(), value.clone()
-        op("scale_", scaled, torch.tensor(0.37))
+        op("scale_", scaled, factor)
         torch.testing.assert_close(scaled, want, rtol=torch.finfo(dtype).eps, atol=0)
         op("scale_", same, torch.tensor(1.0))
         assert bits(same) == bits(value)
