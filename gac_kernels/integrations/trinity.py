@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import KLTarget
+from ..config import ControllerConfig, KLTarget
 from ..controller import GuidedAdaptiveController
 from ..objectives import CISPO, GRPO, GSPO, NLL, SAPO, HybridObjective
 from ..ops import hybrid_loss
@@ -121,20 +121,7 @@ def _loss_class() -> Any:
                 aggregation=grpo_loss_agg_mode or loss_agg_mode,
                 supervised_aggregation=sft_loss_agg_mode or loss_agg_mode,
             )
-            if mu is not None and controller is not None:
-                raise ValueError("mu and controller exclude each other, got both")
-            if mu is not None and (isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 <= mu <= 1):
-                raise ValueError(f"mu must be a number in [0, 1] or None, got {mu!r}")
-            self.fixed_mu = mu
-            self.controller_config = None if mu is not None else controller_config(controller)
-            if self.controller_config is not None:
-                if self.controller_config.estimator != "coefficient":
-                    raise ValueError(
-                        "controller's estimator must be 'coefficient' in Trinity, which hands over log-probs only; "
-                        f"got {self.controller_config.estimator!r}"
-                    )
-                if isinstance(self.controller_config.alpha, KLTarget):
-                    raise ValueError("controller's alpha must be a number in Trinity, got a KLTarget")
+            self.fixed_mu, self.controller_config = mu, _mixing(mu, controller)
             self.controller: GuidedAdaptiveController | None = None  # made where the first batch lies
             self.trainer_step: int | None = None
             sizes = {
@@ -221,6 +208,25 @@ def _loss_class() -> Any:
 
     GACPolicyLossFn.__module__, GACPolicyLossFn.__qualname__ = __name__, "GACPolicyLossFn"
     return GACPolicyLossFn
+
+
+def _mixing(mu: object, controller: Mapping[str, Any] | None) -> ControllerConfig | None:
+    """The controller's settings; None with a fixed mu."""
+    if mu is not None:
+        if controller is not None:
+            raise ValueError("mu and controller exclude each other, got both")
+        if isinstance(mu, bool) or not isinstance(mu, (int, float)) or not 0 <= mu <= 1:
+            raise ValueError(f"mu must be a number in [0, 1] or None, got {mu!r}")
+        return None
+    config = controller_config(controller)
+    if config.estimator != "coefficient":
+        raise ValueError(
+            "controller's estimator must be 'coefficient' in Trinity, which hands over log-probs only; "
+            f"got {config.estimator!r}"
+        )
+    if isinstance(config.alpha, KLTarget):
+        raise ValueError("controller's alpha must be a number in Trinity, got a KLTarget")
+    return config
 
 
 def _metrics(
