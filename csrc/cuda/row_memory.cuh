@@ -57,7 +57,9 @@ struct RowPart {
 
     // Starts to bring what will be kept.
     GAC_DEVICE void fetch() const {
+#pragma unroll 1
         for (int g = 0; g < kGroups; ++g) {
+#pragma unroll 1
             for (int slot = group(g); slot < group(g + 1); ++slot) {
                 const int vector = first + slot * threads() + thread();
                 if (aligned && whole(vector)) {
@@ -102,6 +104,7 @@ struct RowPart {
     GAC_DEVICE void rest(const F& step) const {
         int vector = first + held * threads() + thread();
         if (vector >= last) return;
+#pragma unroll 1
         for (Bytes16 ahead = read(vector); vector < last; vector += threads()) {
             const Bytes16 v = ahead;
             if (vector + threads() < last) ahead = read(vector + threads());
