@@ -70,10 +70,10 @@ def blocks_of(page: Path) -> list[Block]:
     while number < len(lines):
         line, start = lines[number], number + 1
         if line.strip().startswith("<!--"):
-            while "-->" not in lines[number]:
+            while "-->" not in lines[number] and number + 1 < len(lines):
                 number += 1
             body = COMMENT.search("\n".join(lines[start - 1 : number + 1]))
-            assert body, f"{page}:{start}: a comment that does not end its line"
+            assert body, f"{page}:{start}: a comment that does not end"
             kind, _, rest = body[1].strip().partition("\n")
             if kind.split(":")[0].strip() == "setup":
                 found.append(Block(page, start + 1, "setup", textwrap.dedent(rest), ()))
@@ -82,9 +82,10 @@ def blocks_of(page: Path) -> list[Block]:
         elif fence := FENCE.match(line):
             code = []
             number += 1
-            while lines[number].strip() != fence["ticks"]:
+            while number < len(lines) and lines[number].strip() != fence["ticks"]:
                 code.append(lines[number].removeprefix(fence["indent"]))
                 number += 1
+            assert number < len(lines), f"{page}:{start}: a block that does not end"
             found.append(Block(page, start + 1, fence["info"].strip(), "\n".join(code) + "\n", tuple(pending)))
             pending = []
         elif line.strip():
