@@ -97,10 +97,13 @@ def prior_of(config: ControllerConfig, step: Tensor) -> Tensor:
         assert config.prior is not None
         return torch.full_like(step, config.prior.mu)
     warmup, decay, peak, valley = (getattr(config.prior, name) for name in ("warmup", "decay", "peak", "valley"))
-    decayed = step - warmup
-    falling = valley + (peak - valley) * 0.5 * (1.0 + torch.cos(math.pi * decayed / max(decay, 1)))
-    later = torch.where(decayed >= decay, valley, falling)
-    return torch.where(step < warmup, peak * step / max(warmup, 1), later)
+    # Few operators, in place: on a device each is a launch. Behind the decay the angle is pi, whose cosine is -1.
+    if decay:
+        angle = (step - warmup).mul_(math.pi / decay).clamp_(max=math.pi)
+        falling = angle.cos_().add_(1.0).mul_(0.5 * (peak - valley)).add_(valley)
+    else:
+        falling = torch.full_like(step, valley)
+    return torch.where(step < warmup, step * (peak / warmup), falling) if warmup else falling
 
 
 def _move_alpha(state: State, target: KLTarget, kl: Tensor) -> State:
@@ -150,6 +153,6 @@ def _move_mu(new: State, old: State, config: ControllerConfig) -> State:
     prior = target = smooth
     if config.prior is not None:
         prior = prior_of(config, old.steps)
-        target = smooth * config.blend + (1.0 - config.blend) * prior
+        target = torch.add(smooth * config.blend, prior, alpha=1.0 - config.blend)
     moved = (target - mu).clamp_(-config.change_cap, config.change_cap).add_(mu)
     return replace(new, mu=moved.clamp_(config.mu_min, config.mu_max), mu_star=mu_star, estimate=smooth, prior=prior)
