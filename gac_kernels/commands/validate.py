@@ -42,7 +42,7 @@ MEANING = {
     "checkpoints": "checkpoints of each run",
     "oracle_batches": "small batches, a quarter of a step each, of each half of the oracle, a condition and branch",
     "groups": "steps of fresh sequences that the estimators average over",
-    "conditions": "conditions of each branch, 1 (the data as they are) to 3; each takes the memory of 2 gradients",
+    "conditions": "conditions of each branch, 1 (the data as they are) to 3; each takes the memory of 6 gradients",
 }
 
 

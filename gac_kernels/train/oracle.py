@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..controller import optimal_mu
+from ..gradients import accumulate_moments_, gradient_moments
 from ..objectives import HybridObjective
 from .loop import Trainer
 from .policy import Policy
@@ -44,13 +45,10 @@ class Moments:
 
     def add(self, gradients: Sequence[Tensor]) -> None:
         """Take in the gradient of one batch, one tensor a parameter."""
-        wide = [g.detach().to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-        self.squares += _dot(wide, wide)
-        if self.sums:
-            for total, gradient in zip(self.sums, wide, strict=True):
-                total += gradient
-        else:
-            self.sums = [gradient.clone() for gradient in wide]
+        if not self.sums:
+            wide = [torch.promote_types(gradient.dtype, torch.float32) for gradient in gradients]
+            self.sums = [g.new_zeros(g.shape, dtype=dtype) for g, dtype in zip(gradients, wide, strict=True)]
+        self.squares += float(accumulate_moments_(self.sums, gradients))
         self.count += 1
 
     def __add__(self, other: Moments) -> Moments:
@@ -64,17 +62,14 @@ class Moments:
         """Trace of the covariance of one batch's gradient, unbiased (n - 1)."""
         if self.count < 2:
             raise ValueError(f"a variance needs at least 2 batches, got {self.count}")
-        return max(0.0, self.squares - _dot(self.sums, self.sums) / self.count) / (self.count - 1)
+        return max(0.0, self.squares - float(gradient_moments(self.sums, self.sums)[0]) / self.count) / (self.count - 1)
 
 
 def distance2(a: Moments, b: Moments) -> float:
     """Squared distance of the means less what sampling adds to it: unbiased, so it may come out below 0."""
-    apart = [x / a.count - y / b.count for x, y in zip(a.sums, b.sums, strict=True)]
-    return _dot(apart, apart) - a.variance / a.count - b.variance / b.count
-
-
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)))
+    of_a, of_b, both = gradient_moments(a.sums, b.sums).tolist()
+    apart = of_a / a.count**2 + of_b / b.count**2 - 2.0 * both / (a.count * b.count)
+    return float(apart - a.variance / a.count - b.variance / b.count)
 
 
 @dataclass(frozen=True)
@@ -162,8 +157,8 @@ class Oracle:
     Args:
         trainer: of one rank, with temperature 1.
         parts: batches that a step's sequences are cut into; must divide prompts and demonstrations of a step.
-        conditions: how many of ``EXCHANGED`` and of ``INVERTED`` are looked at. Each costs two gradients' memory a
-            branch.
+        conditions: how many of ``EXCHANGED`` and of ``INVERTED`` are looked at. Each takes the memory of three
+            gradients a branch: of two halves and their sum.
     """
 
     def __init__(self, trainer: Trainer, parts: int, seed: int, *, conditions: int = len(EXCHANGED)) -> None:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ class Points:
 
 def validation_config(model: str, task: str, seed: int, *, run: int, smoke: bool) -> TrainConfig:
     """The run that points lie on: half the demo's rollouts. The first run's mixture is moved by GAC, the others' is
-    fixed, at 0.1 and 0.9 in turn, so that the weights take different ways. ``smoke``: a tiny run."""
+    fixed, at 0.1 and 0.9 in turn, so that the weights take different ways. Run k has seed + k: seeds that are compared
+    should lie as far apart as there are runs. ``smoke``: a tiny run."""
     sizes: dict[str, Any] = {"prompts_per_step": 16, "group_size": 4, "demonstrations_per_step": 16, "steps": 40}
     if model == "tiny":
         sizes |= {"tiny_hidden": 64, "warmup_sft_steps": 240, "warmup_sft_lr": 4e-3, "learning_rate": 1e-3}
@@ -106,16 +107,19 @@ def validation_config(model: str, task: str, seed: int, *, run: int, smoke: bool
             sizes |= {"tiny_hidden": 16, "tiny_layers": 1, "warmup_sft_steps": 20}
     if run:
         sizes |= {"controller": "fixed", "mu": (0.1, 0.9)[(run - 1) % 2]}
-    config = TrainConfig(Path("unused"), model=model, task=task, seed=seed, eval_size=16, checkpoint_every=0, **sizes)
-    return replace(config, seed=seed + run) if task == "arithmetic" else config
+    return TrainConfig(
+        Path("unused"), model=model, task=task, seed=seed + run, eval_size=16, checkpoint_every=0, **sizes
+    )
 
 
 def measure_run(config: TrainConfig, sizes: Sizes, run: int, progress: Callable[[], None]) -> Points:
-    """Run ``config`` and stop at places evenly between the middle of the warm start (or the start) and the end."""
+    """Run ``config`` and stop at places evenly from the middle of the warm start to the end; without a warm start not
+    at the very start, where all runs have the same weights."""
     trainer = Trainer(config)
     oracle = Oracle(trainer, sizes.parts, config.seed * 1009 + run, conditions=sizes.conditions)
     points = Points()
-    places = np.linspace(config.warmup_sft_steps // 2, config.total_steps, sizes.checkpoints).round().astype(int)
+    start = config.warmup_sft_steps // 2 or config.steps // sizes.checkpoints
+    places = np.linspace(start, config.total_steps, sizes.checkpoints).round().astype(int)
     for place in places.tolist():
         while trainer.steps_done < place:
             trainer.step()

@@ -329,8 +329,9 @@ def test_command_with_a_users_model_and_task(capsys, tmp_path, understood):
     if not understood:
         start.model.config.update({"logit_scale": 3.0})  # which the model itself knows nothing of
     save_model(start.model, start.tokenizer, tmp_path / "model", start.model.state_dict())
-    arguments = ["--model", str(tmp_path / "model"), "--task", str(task), "--runs", "2", "--smoke", "--json"]
-    assert main(["validate", *arguments, "--checkpoints", "2"]) == 0
+    size = ["--runs", "2", "--checkpoints", "2"] if understood else ["--conditions", "1"]  # several processes, and one
+    arguments = ["--model", str(tmp_path / "model"), "--task", str(task), *size]
+    assert main(["validate", "--smoke", "--json", *arguments]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out.splitlines()[-1])
     check_object(found, WITHOUT_HIDDEN | {"hidden"} if understood else WITHOUT_HIDDEN)
