@@ -1,4 +1,5 @@
-// The operator group_advantages, the same on every device: arguments checked, output made. Schema in gac_kernels/schemas.py.
+// The operator group_advantages, the same on every device: arguments checked, output made. Schema in
+// gac_kernels/schemas.py.
 #pragma once
 
 #include "advantages.h"

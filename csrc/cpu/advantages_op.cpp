@@ -48,7 +48,8 @@ void advantages(const AdvantagesCall<T>& c) {
 }  // namespace
 
 Tensor group_advantages(
-    Tensor rewards, OptionalTensor groups, int64_t group_size, bool adjacent, int64_t baseline, int64_t scale, double eps) {
+    Tensor rewards, OptionalTensor groups, int64_t group_size, bool adjacent, int64_t baseline, int64_t scale,
+    double eps) {
     return group_advantages(
         Inputs{"group_advantages"}, rewards, groups, group_size, adjacent, baseline, scale, eps,
         [](const auto& call) { advantages(call); });

@@ -1,9 +1,10 @@
 // Group-relative advantages in one launch, one thread a sequence.
 //
-// A thread goes through the members of its group itself, in their order: twice, for the mean and for the deviations from it.
-// So nothing is shared, no sum depends on how groups are interleaved, and every member finds the same bits. Members of groups
-// by size, or of ids that stand side by side, are its neighbours; those of ids in any order are looked for among all S, which
-// is S^2 comparisons in all: 2^28 for the 16384 sequences up to which gac_kernels/advantages.py does not sort.
+// A thread goes through the members of its group itself, in their order: twice, for the mean and for the deviations
+// from it. So nothing is shared, no sum depends on how groups are interleaved, and every member finds the same bits.
+// Members of groups by size, or of ids that stand side by side, are its neighbours; those of ids in any order are
+// looked for among all S, which is S^2 comparisons in all: 2^28 for the 16384 sequences up to which
+// gac_kernels/advantages.py does not sort.
 #pragma once
 
 #include "../advantages.h"

@@ -8,7 +8,9 @@ namespace gac::cuda {
 constexpr int kMostSums = 16;
 
 // Of shared memory, for everything here.
-constexpr size_t sums_bytes(int threads) { return sizeof(double) * static_cast<size_t>(threads / kWarp + 1) * kMostSums; }
+constexpr size_t sums_bytes(int threads) {
+    return sizeof(double) * static_cast<size_t>(threads / kWarp + 1) * kMostSums;
+}
 
 // Gives away those `Half` values that the partner goes on with, and takes its others, down to one value.
 template <int Half, int K>
@@ -35,8 +37,9 @@ GAC_DEVICE double warp_sums(double (&value)[K]) {
     return sum;
 }
 
-// Every value becomes its sum over the block's threads, the same bits in each. The barrier inside also orders whatever the
-// threads wrote before it. One call may follow another: each has read its totals before any thread can write new ones.
+// Every value becomes its sum over the block's threads, the same bits in each. The barrier inside also orders whatever
+// the threads wrote before it. One call may follow another: each has read its totals before any thread can write new
+// ones.
 template <int K>
 GAC_DEVICE void block_sums(double (&value)[K], double* shared) {
     double* const totals = shared + threads() / kWarp * kMostSums;

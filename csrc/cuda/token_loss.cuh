@@ -1,18 +1,18 @@
 // The token-level loss in one launch: a block works through one sequence after another, in two rounds.
 //
-//   look      live tokens of each sequence; for GSPO and DFPO its ratio too. Until this is known of the whole batch no token
-//             can be weighed: the weight of a term holds the branch's number of tokens or sequences.
+//   look      live tokens of each sequence; for GSPO and DFPO its ratio too. Until this is known of the whole batch no
+//             token can be weighed: the weight of a term holds the branch's number of tokens or sequences.
 //   evaluate  everything that is one a token or one a sequence
 //   finish    block 0 adds up what the sequences have left, in their order
 //
 // Between the rounds the blocks wait for one another. So the launch is cooperative and its grid no larger than what the
-// device holds at once, which the launch bounds settle. Against one launch for each round this saves the launches and keeps
-// the masks in cache; against a recount of all masks by every block it stays linear in S. The first wait is left out where
-// both denominators are given and the objective couples no sequences.
+// device holds at once, which the launch bounds settle. Against one launch for each round this saves the launches and
+// keeps the masks in cache; against a recount of all masks by every block it stays linear in S. The first wait is left
+// out where both denominators are given and the objective couples no sequences.
 //
-// Formulas are those of csrc/math/terms.h, one token a lane. A thread adds up the tokens of a pack in the data's dtype and all
-// else in float64. Which thread sees which token depends on nothing but the token's place in its sequence; no sum is atomic:
-// the same sequence gives the same bits wherever it lies.
+// Formulas are those of csrc/math/terms.h, one token a lane. A thread adds up the tokens of a pack in the data's dtype
+// and all else in float64. Which thread sees which token depends on nothing but the token's place in its sequence; no
+// sum is atomic: the same sequence gives the same bits wherever it lies.
 #pragma once
 
 #include "token_loss_sequences.cuh"
@@ -39,10 +39,10 @@ GAC_DEVICE double sequence_advantage(const TokenLossCall<T>& c, int64_t s) {
 template <class T>
 GAC_DEVICE bool aligned_from(const TokenLossCall<T>& c, int64_t begin) {
     const Streams<T>& at = c.streams;
-    return aligned(c.batch.mask, begin) && aligned(at.logp, begin) && aligned(at.old, begin) && aligned(at.reference, begin) &&
-           aligned(at.rollout, begin) && aligned(at.entropy, begin) && aligned(at.sum_sq, begin) &&
-           aligned(at.supervised, begin) && aligned(at.advantage, begin) && aligned(at.logp_out, begin) &&
-           aligned(at.slope, begin) && aligned(at.entropy_slope, begin);
+    return aligned(c.batch.mask, begin) && aligned(at.logp, begin) && aligned(at.old, begin) &&
+           aligned(at.reference, begin) && aligned(at.rollout, begin) && aligned(at.entropy, begin) &&
+           aligned(at.sum_sq, begin) && aligned(at.supervised, begin) && aligned(at.advantage, begin) &&
+           aligned(at.logp_out, begin) && aligned(at.slope, begin) && aligned(at.entropy_slope, begin);
 }
 
 // function(i, whole) for this thread's packs of a sequence.
@@ -50,13 +50,15 @@ template <class T, class F>
 GAC_DEVICE void over_packs(const TokenLossCall<T>& c, Span own, const F& function) {
     constexpr int Size = Pack<T>::Size;
     const bool aligned = aligned_from(c, own.begin);
-    for (int64_t i = own.begin + Size * thread(); i < own.end; i += Size * threads()) function(i, aligned && i + Size <= own.end);
+    for (int64_t i = own.begin + Size * thread(); i < own.end; i += Size * threads())
+        function(i, aligned && i + Size <= own.end);
 }
 
-// Look ------------------------------------------------------------------------------------------------------------------
+// Look ---------------------------------------------------------------------------------------------------------------
 
-// Sums that make a sequence's ratio, its mean advantage (DFPO) and the slope of each of its tokens (GSPO). Where GSPO clips
-// depends on the ratio and the sign of the advantage alone, so upstream weights are summed by sign and one look is enough.
+// Sums that make a sequence's ratio, its mean advantage (DFPO) and the slope of each of its tokens (GSPO). Where GSPO
+// clips depends on the ratio and the sign of the advantage alone, so upstream weights are summed by sign and one look
+// is enough.
 enum Look { kLive, kLogRatio, kPositive, kNegative, kNeither, kLooks = 8 };
 
 template <class T, class Policy>
@@ -65,7 +67,8 @@ GAC_DEVICE void look_at_tokens(const TokenLossCall<T>& c, Span own, double advan
     over_packs(c, own, [&](int64_t i, bool whole) {
         const uint32_t bits = live_bits<Pack<T>::Size>(c.batch.mask, i, own.end, whole);
         const auto read = [&](const T* stream) { return load_pack(stream, i, own.end, whole); };
-        const Pack<T> logps = read(at.logp), olds = read(at.old), advantages = read(at.advantage), rollouts = read(at.rollout);
+        const Pack<T> logps = read(at.logp), olds = read(at.old);
+        const Pack<T> advantages = read(at.advantage), rollouts = read(at.rollout);
 #pragma unroll
         for (int k = 0; k < Pack<T>::Size; ++k) {
             if (!(bits >> k & 1)) continue;
@@ -96,7 +99,8 @@ GAC_DEVICE SequenceState coupled_state(const TokenLossCall<T>& c, const double (
         const double down = policy.surrogate.clipped(ratio, V(-1)).bits ? 0 : sum[kNegative];
         state.gain = -(up + down + sum[kNeither]) * state.ratio / sum[kLive];
     } else {
-        state.advantage = c.streams.advantage ? (sum[kPositive] + sum[kNegative] + sum[kNeither]) / sum[kLive] : advantage_s;
+        const double all = sum[kPositive] + sum[kNegative] + sum[kNeither];
+        state.advantage = c.streams.advantage ? all / sum[kLive] : advantage_s;
     }
     return state;
 }
@@ -124,8 +128,8 @@ GAC_DEVICE void look(const TokenLossCall<T>& c, int64_t s, double* shared, int64
     add_sequence(of_block, expert, live);
 }
 
-// DFPO's transform of the ratio of a rollout with tokens inside its group (arXiv 2604.13088v1, Eq. 17 and 18): its weight.
-// Leaves the group's cancellation residual |sum A w| / sum |A w| with the first member.
+// DFPO's transform of the ratio of a rollout with tokens inside its group (arXiv 2604.13088v1, Eq. 17 and 18): its
+// weight. Leaves the group's cancellation residual |sum A w| / sum |A w| with the first member.
 template <class T>
 GAC_DEVICE double transform(const TokenLossCall<T>& c, int64_t s, double* shared) {
     const bool orthogonal = c.parameters.p0 != 0;
@@ -156,7 +160,8 @@ GAC_DEVICE double transform(const TokenLossCall<T>& c, int64_t s, double* shared
             force[1] += ::fabs(own);
         });
         block_sums(force, shared);
-        // What Eq. 18 leaves of a group whose weights lie along its advantages (a group of one) is rounding, no direction.
+        // What Eq. 18 leaves of a group whose weights lie along its advantages (a group of one) is rounding, no
+        // direction.
         if (thread() == 0 && force[1] > 1e-12 * sum[Before]) {
             c.states[s].residual = ::fabs(force[0]) / force[1];
             c.states[s].counted = 1;

@@ -8,8 +8,8 @@
 
 namespace gac::cuda {
 
-// Who owns which token. Sequence s owns [offsets[s], offsets[s + 1]), each clamped to [0, N], or [s, s + 1) * seq_len
-// where offsets is null. Offsets that fall give a sequence without tokens, or tokens of two: never a place outside.
+// Who owns which token. Sequence s owns [offsets[s], offsets[s + 1]), each clamped to [0, N], or where offsets is null
+// [s seq_len, (s + 1) seq_len). Offsets that fall may give a token to two sequences, but never reach outside.
 struct TokenSequences {
     int64_t tokens, sequences, seq_len;
     const int64_t* offsets;  // (S + 1,) or null
@@ -32,8 +32,8 @@ struct SequenceCount {
     int64_t of_block[4];
 };
 
-// Sequence s before its tokens are evaluated (csrc/math/terms.h, Coupling), and what the evaluation leaves of it. A group's
-// cancellation residual stands with its first member, where `counted` is 1.
+// Sequence s before its tokens are evaluated (csrc/math/terms.h, Coupling), and what the evaluation leaves of it. A
+// group's cancellation residual stands with its first member, where `counted` is 1.
 struct SequenceState {
     double ratio, gain, advantage, residual, counted;
     double sums[kSequenceSums];  // SequenceSum; loss, KL and entropy times the weight of a token

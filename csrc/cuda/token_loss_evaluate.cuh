@@ -116,8 +116,9 @@ GAC_DEVICE double rollout(
             const V logp = select(live, V(logps.at[k]), V(0));
             const V old = at.old ? V(olds.at[k]) : on_policy_old(logp);
             const V advantage = at.advantage ? V(advantages.at[k]) : V(advantage_s);
-            const RolloutToken<V> token{logp, old, advantage, V(references.at[k]), select(live, V(rollouts.at[k]), V(0)),
-                                        V(sum_sqs.at[k]), V(entropies.at[k])};
+            const V weight = select(live, V(rollouts.at[k]), V(0));
+            const RolloutToken<V> token{
+                logp, old, advantage, V(references.at[k]), weight, V(sum_sqs.at[k]), V(entropies.at[k])};
             const V cr = rollout_token<V, Policy>(policy, o, at, live, token, coupling, part, largest);
             shown.at[k] = logp.v;
             slopes.at[k] = (V(scale) * cr).v;

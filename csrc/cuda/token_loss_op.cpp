@@ -50,12 +50,13 @@ bool is_double(const Inputs& in, const char* name, const Tensor& tensor) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
-    Tensor logprobs, Tensor mask, OptionalTensor cu_seqlens, int64_t seq_len, Tensor is_expert, OptionalTensor advantages,
-    bool token_advantages, OptionalTensor old_logprobs, OptionalTensor ref_logprobs, OptionalTensor rollout_weights,
-    OptionalTensor entropy, OptionalTensor sum_sq, OptionalTensor supervised, OptionalTensor groups, Tensor mu,
-    OptionalTensor policy_denominator, OptionalTensor supervised_denominator, int64_t policy, double p0, double p1, double p2,
-    bool phi, double kl_coef, int64_t kl_estimator, bool kl_ratio_weighted, double entropy_coef, int64_t aggregation,
-    int64_t supervised_aggregation, double norm_length) {
+    Tensor logprobs, Tensor mask, OptionalTensor cu_seqlens, int64_t seq_len, Tensor is_expert,
+    OptionalTensor advantages, bool token_advantages, OptionalTensor old_logprobs, OptionalTensor ref_logprobs,
+    OptionalTensor rollout_weights, OptionalTensor entropy, OptionalTensor sum_sq, OptionalTensor supervised,
+    OptionalTensor groups, Tensor mu, OptionalTensor policy_denominator, OptionalTensor supervised_denominator,
+    int64_t policy, double p0, double p1, double p2, bool phi, double kl_coef, int64_t kl_estimator,
+    bool kl_ratio_weighted, double entropy_coef, int64_t aggregation, int64_t supervised_aggregation,
+    double norm_length) {
     const Inputs in{"token_loss", &logprobs};
     const auto of = [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
         using T = decltype(zero);
@@ -63,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
         TokenLossCall<T> c{};
         c.batch = sequences_of(in, "logprobs", logprobs, mask, cu_seqlens, seq_len, is_expert);
         const int64_t N = c.batch.tokens, S = c.batch.sequences;
-        const Tensor loss = empty<T>({}, device), scalars = empty<T>({kScalars}, device), rows = empty<T>({S, kColumns}, device);
+        const Tensor loss = empty<T>({}, device), scalars = empty<T>({kScalars}, device);
+        const Tensor rows = empty<T>({S, kColumns}, device);
         const Tensor logprobs_out = empty_as(logprobs), slope = empty_as(logprobs);
         const Tensor entropy_slope = entropy ? empty_as(logprobs) : empty<T>({0}, device);
         const auto token = [&](const char* name, const OptionalTensor& tensor) { return in.data<T>(name, tensor, N); };
@@ -71,11 +73,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
                         in.code("kl_estimator", kl_estimator, kK1, kK3), kl_ratio_weighted, entropy_coef};
         const bool dfpo = c.parameters.policy == kDfpo;
         STD_TORCH_CHECK(!dfpo || groups, "token_loss: groups must be given for DFPO");
-        c.streams = {nullptr, in.data<T>("logprobs", logprobs, N), token("old_logprobs", old_logprobs),
-                     token("ref_logprobs", ref_logprobs), token("rollout_weights", rollout_weights), token("entropy", entropy),
-                     token("sum_sq", sum_sq), token("supervised", supervised),
-                     token_advantages ? token("advantages", advantages) : nullptr, output<T>(logprobs_out), output<T>(slope),
-                     entropy ? output<T>(entropy_slope) : nullptr};
+        c.streams = {
+            nullptr, in.data<T>("logprobs", logprobs, N), token("old_logprobs", old_logprobs),
+            token("ref_logprobs", ref_logprobs), token("rollout_weights", rollout_weights), token("entropy", entropy),
+            token("sum_sq", sum_sq), token("supervised", supervised),
+            token_advantages ? token("advantages", advantages) : nullptr, output<T>(logprobs_out), output<T>(slope),
+            entropy ? output<T>(entropy_slope) : nullptr};
         c.advantages = token_advantages ? nullptr : in.data<T>("advantages", advantages, S);
         c.groups = dfpo ? in.data<int64_t>("groups", groups, S) : nullptr;
         c.mu = in.data<T>("mu", mu, 1);

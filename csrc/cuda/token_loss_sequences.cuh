@@ -1,4 +1,5 @@
-// What kernels with one block a sequence share: packs of tokens, sums over a block in a fixed order, counts and weights.
+// What kernels with one block a sequence share: packs of tokens, sums over a block in a fixed order, counts and
+// weights.
 #pragma once
 
 #include "block_sums.cuh"
@@ -14,7 +15,7 @@ template <class T>
 constexpr int kSequenceBlocks = sizeof(T) == 4 ? 2 : 1;
 constexpr int kWeightBlocks = 4;  // of the token weights, which need few registers
 
-// Packs: 16 bytes of a stream, which one thread works on ---------------------------------------------------------------
+// Packs: 16 bytes of a stream, which one thread works on -------------------------------------------------------------
 
 template <class T>
 struct alignas(16) Pack {
@@ -28,7 +29,7 @@ GAC_DEVICE Pack<T> load_pack(const T* from, int64_t i, int64_t end, bool whole) 
     Pack<T> pack{};
     if (!from) return pack;
     if (whole) {
-        const Bytes16 bytes = load_once(from + i);
+        const Bytes16 bytes = *reinterpret_cast<const Bytes16*>(from + i);
         memcpy(&pack, &bytes, sizeof pack);
     } else {
 #pragma unroll
@@ -83,7 +84,7 @@ inline Grid1 sequence_grid(int64_t sequences, int per_multiprocessor) {
     return {resident_blocks(sequences, per_multiprocessor), threads, sums_bytes(threads)};
 }
 
-// Sequences -------------------------------------------------------------------------------------------------------------
+// Sequences ----------------------------------------------------------------------------------------------------------
 
 struct Span {
     int64_t begin, end;
@@ -114,7 +115,7 @@ GAC_DEVICE int64_t count_live(const uint8_t* mask, Span own) {
     const int64_t before = static_cast<int64_t>(reinterpret_cast<uintptr_t>(mask + own.begin) % 16);
     for (int64_t i = own.begin - before + 16 * thread(); i < own.end; i += 16 * threads()) {
         if (i >= own.begin && i + 16 <= own.end) {
-            count += count_bytes(load_once(mask + i));
+            count += count_bytes(*reinterpret_cast<const Bytes16*>(mask + i));
         } else {
             for (int64_t k = i < own.begin ? own.begin : i; k < i + 16 && k < own.end; ++k) count += mask[k] != 0;
         }
@@ -158,7 +159,8 @@ struct BranchWeights {
 
 template <class T>
 GAC_DEVICE double own_count(const BranchRule<T>& rule, double tokens, double sequences) {
-    return rule.denominator ? static_cast<double>(*rule.denominator) : rule.aggregation == kTokenMean ? tokens : sequences;
+    if (rule.denominator) return static_cast<double>(*rule.denominator);
+    return rule.aggregation == kTokenMean ? tokens : sequences;
 }
 
 // Denominators of the branches; `counted`: all blocks have left their counts, else they are not needed.

@@ -1,5 +1,5 @@
-// The token weights in one launch: the counting round of token_loss.cuh, then the weights spread over the tokens. Between
-// the rounds the blocks wait for one another, except where both denominators are given.
+// The token weights in one launch: the counting round of token_loss.cuh, then the weights spread over the tokens.
+// Between the rounds the blocks wait for one another, except where both denominators are given.
 #pragma once
 
 #include "token_loss_sequences.cuh"
@@ -18,8 +18,9 @@ GAC_DEVICE void spread(const TokenWeightsCall<T>& c, int64_t s, const BranchWeig
     const T* const by_token = expert || !c.token_advantages ? nullptr : c.advantages;
     // Demonstrations have no advantage; a rollout without one must not pass for a zero.
     const T of_sequence = expert ? T(0) : c.advantages ? (by_token ? T(0) : c.advantages[s]) : static_cast<T>(nan(""));
-    const bool aligned_here = aligned(c.batch.mask, own.begin) && aligned(c.kind, own.begin) && aligned(by_token, own.begin) &&
-                              aligned(c.weight, own.begin) && aligned(c.advantages_out, own.begin);
+    const bool aligned_here = aligned(c.batch.mask, own.begin) && aligned(c.kind, own.begin) &&
+                              aligned(by_token, own.begin) && aligned(c.weight, own.begin) &&
+                              aligned(c.advantages_out, own.begin);
     for (int64_t i = own.begin + Size * thread(); i < own.end; i += Size * threads()) {
         const bool whole = aligned_here && i + Size <= own.end;
         const uint32_t bits = live_bits<Size>(c.batch.mask, i, own.end, whole);
@@ -35,8 +36,10 @@ GAC_DEVICE void spread(const TokenWeightsCall<T>& c, int64_t s, const BranchWeig
         }
         store_pack(c.weight, i, own.end, whole, weights);
         store_pack(c.advantages_out, i, own.end, whole, advantages);
-        if (whole) {
-            memcpy(c.kind + i, &kinds, Size);
+        if (whole && Size == 4) {
+            *reinterpret_cast<uint32_t*>(c.kind + i) = kinds;
+        } else if (whole) {
+            *reinterpret_cast<uint16_t*>(c.kind + i) = static_cast<uint16_t>(kinds);
         } else {
 #pragma unroll
             for (int k = 0; k < Size; ++k)
