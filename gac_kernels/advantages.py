@@ -38,7 +38,8 @@ def group_advantages(
     if rewards_S.numel() == 0:
         return rewards_S.to(dtype)
     x_S = rewards_S if rewards_S.dtype in (torch.float32, torch.float64) else rewards_S.double()
-    size, ids_S, order_S = (groups, None, None) if isinstance(groups, int) else (0, groups.long(), None)
+    size, ids_S = (groups, None) if isinstance(groups, int) else (0, groups.long())
+    order_S: Tensor | None = None
     if ids_S is not None and len(ids_S) > SORTED_BEYOND:
         ids_S, order_S = ids_S.sort(stable=True)
         x_S = x_S[order_S]
