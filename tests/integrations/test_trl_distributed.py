@@ -16,7 +16,7 @@ pytest.importorskip("datasets")
 from trl_support import assert_same_curves
 
 HERE = Path(__file__).parent
-LIMIT_S = 240  # alone in 25; other work on the machine is not a failure
+LIMIT_S = 240  # a rank takes some 20 s of CPU time; other work on the machine is not a failure
 
 
 def run_ranks(directory, *scenarios):
