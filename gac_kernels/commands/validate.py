@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 HELP = "correlation of the controller's estimators with the gradients of the parameters themselves"
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-SIZE = {"runs": 2, "checkpoints": 7, "oracle_batches": 48, "groups": 6, "conditions": 3}
+SIZE = {"runs": 2, "checkpoints": 8, "oracle_batches": 32, "groups": 6, "conditions": 3}
 SMOKE_SIZE = {"runs": 1, "checkpoints": 3, "oracle_batches": 3, "groups": 2, "conditions": 2}
 LEAST = {"runs": 1, "checkpoints": 2, "oracle_batches": 2, "groups": 1, "conditions": 1}
 MOST = {"conditions": 3}
