@@ -14,11 +14,18 @@ from .console import Console
 
 HELP = "versions, devices, backends and a numeric self-test of each"
 PACKAGES = ("torch", "triton", "numpy", "transformers")
-# Operator -> the public functions behind which it stands.
+# Operator -> the public functions behind which it stands; of those that end in _, which write in place, see the others.
 OPS = {
-    "token_loss": "hybrid_loss, signals_from_logprobs, hybrid_loss_from_logits",
-    "fused_rows": "hybrid_loss_from_logits",
-    "row_statistics, row_gradient": "token_logprobs, hybrid_loss_from_logits with GSPO or DFPO",
+    "token_loss": "hybrid_loss, signals_from_logprobs, and the losses below",
+    "token_weights": "the losses below",
+    "fused_rows": "hybrid_loss_from_logits, hybrid_loss_from_hidden",
+    "row_statistics": "token_logprobs, GSPO and DFPO from logits",
+    "row_gradient": "token_logprobs, GSPO and DFPO from logits",
+    "scale_": "backward of the losses",
+    "group_advantages": "group_advantages",
+    "controller_step": "GuidedAdaptiveController.step",
+    "gradient_moments": "validate",
+    "accumulate_moments_": "validate",
 }
 
 
@@ -27,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from .. import __version__, backends
+    from .. import __version__, backends, library
     from ..integrations.checks import check_all, version_of
     from .selftest import SelfTest, self_tests
 
@@ -39,10 +46,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     console.table("versions", ("package", "version"), [(k, v or "not installed") for k, v in versions.items()], left=2)
     console.table("devices", ("device", "what"), [(name, text) for name, text in _device_lines(devices)], left=2)
-    rows = [
-        (op, device, backend, why, serves) for op, serves in OPS.items() for device, (backend, why) in serving.items()
-    ]
-    console.table("which backend serves which op", ("op", "device", "backend", "why", "behind"), rows, left=5)
+    reasons = [(device, backend, why) for device, (backend, why) in serving.items()]
+    console.table("which backend serves the losses, and why", ("device", "backend", "why"), reasons, left=3)
+    operators: dict[str, dict[str, str]] = {op: {} for op in OPS}
+    for op, device, backend in library.table():
+        if op in OPS:
+            operators[op][device] = backend
+    rows = [(op, found["cpu"], found["cuda"], OPS[op]) for op, found in operators.items()]
+    console.table("which backend serves which op", ("op", "cpu", "cuda", "behind"), rows, left=4)
     found = [(name, c.version or "-", c.status, c.why) for name, c in integrations.items()]
     console.table("integrations", ("package", "version", "hooks", "why"), found, left=4)
 
@@ -70,6 +81,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         device: {
             "backend": backend,
             "why": why,
+            "operators": {op: found[device] for op, found in operators.items() if device in found},
             "self_test": {t.backend: asdict(t) for t in tests if t.device == device},
         }
         for device, (backend, why) in serving.items()

@@ -63,11 +63,11 @@ def self_tests(seed: int, budget_seconds: float = 8.0) -> list[SelfTest]:
     jobs: list[tuple[str, str, str]] = [("reference", "cpu", ""), ("cpu", "cpu", _absence("cpu"))]
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if torch.cuda.is_available():
-        jobs += [("reference", "cuda", ""), ("triton", "cuda", _absence("triton"))]
+        jobs += [("reference", "cuda", ""), ("triton", "cuda", _absence("triton")), ("cuda", "cuda", _absence("cuda"))]
     else:
         why = "" if interpreted else "no CUDA device is visible, and TRITON_INTERPRET=1 is not set"
         jobs.append(("triton", "cpu" if interpreted else "cuda", _absence("triton") or why))
-    jobs.append(("cuda", "cuda", _absence("cuda")))
+        jobs.append(("cuda", "cuda", "no CUDA device is visible"))
     began, left, outcomes = time.perf_counter(), sum(not why for _, _, why in jobs), []
     for backend, device, why in jobs:
         if why:
