@@ -62,6 +62,8 @@ def _check(rewards_S: Tensor, groups: int | Tensor, baseline: str, scale: str, e
         raise ValueError(f"baseline must be one of {BASELINES}, got {baseline!r}")
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {SCALES}, got {scale!r}")
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not 0.0 <= eps < float("inf"):
         raise ValueError(f"eps must be finite and at least 0, got {eps!r}")
     if isinstance(groups, numbers.Integral) and not isinstance(groups, bool):
@@ -69,7 +71,9 @@ def _check(rewards_S: Tensor, groups: int | Tensor, baseline: str, scale: str, e
             raise ValueError(f"groups must be at least 1 and divide the {len(rewards_S)} rewards, got {groups}")
         return int(groups)
     if isinstance(groups, (list, tuple)):
-        groups = torch.tensor(groups, device=rewards_S.device)
+        if not all(isinstance(group, numbers.Integral) and not isinstance(group, bool) for group in groups):
+            raise TypeError(f"groups must be an int or integer ids, got {groups!r}")
+        groups = torch.tensor(groups, dtype=torch.int64, device=rewards_S.device)
     if (
         not isinstance(groups, Tensor)
         or groups.dtype.is_floating_point

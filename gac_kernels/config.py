@@ -24,7 +24,10 @@ def _set_real(
     name = f"{type(config).__name__}.{field}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        raise ValueError(f"{name} must be finite, got {value!r}") from None
     above = low < value if open_low else low <= value
     below = value < high if open_high else value <= high
     if not (above and below):  # also nan

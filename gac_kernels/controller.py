@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import controller_schema as schema
 from .config import ConstantPrior, ControllerConfig, CosinePrior, KLTarget
-from .distributed import gather_signals, mean_kl, world_size
+from .distributed import check_group, gather_signals, mean_kl, world_size
 from .library import call
 from .reference.controller import optimal_mu
 from .signals import Signals, concatenate, estimate, live_policy_tokens, require_alike
@@ -87,6 +87,7 @@ class GuidedAdaptiveController:
     ) -> None:
         if not isinstance(config, ControllerConfig):
             raise TypeError(f"config must be a ControllerConfig, got {config!r}")
+        check_group("process_group", process_group)
         self.config = config
         self._group = process_group
         self._target = config.alpha if isinstance(config.alpha, KLTarget) else None
@@ -214,6 +215,8 @@ class GuidedAdaptiveController:
         ValueError (TypeError for what is no tensor) for unknown or missing keys, another version or configuration,
         shapes, dtypes or values that do not fit. The controller is then as it was.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         expected = {"version", "config", "step", *STATE}
         if missing := sorted(expected - set(state_dict)):
             raise ValueError(f"state_dict lacks {missing}")
@@ -222,6 +225,8 @@ class GuidedAdaptiveController:
         if state_dict["version"] != STATE_VERSION:
             raise ValueError(f"state_dict['version'] must be {STATE_VERSION}, got {state_dict['version']!r}")
         ours, theirs = self.config.as_dict(), state_dict["config"]
+        if not isinstance(theirs, Mapping):
+            raise TypeError(f"state_dict['config'] must be a mapping, got {type(theirs).__name__}")
         if ours != theirs:
             differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
             text = ", ".join(f"{k}: {ours.get(k)!r} here, {theirs.get(k)!r} there" for k in differing)

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from .signals import AGGREGATIONS, METADATA_FIELDS, SIGNAL_COLUMNS, Signals
 
-__all__ = ["all_gather", "all_gather_ints", "gather_signals", "mean_kl", "world_size"]
+__all__ = ["all_gather", "all_gather_ints", "check_group", "gather_signals", "mean_kl", "world_size"]
+
+
+def check_group(name: str, group: object) -> None:
+    """None, for the default group, or a process group of torch.distributed."""
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"{name} must be a process group or None, got {type(group).__name__}")
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:

@@ -7,6 +7,7 @@ Every objective is one scalar function of a token, giving (loss, slope) with slo
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-
 def _number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    if not abs(value) <= sys.float_info.max or value < low or value > high or (open_low and value == low):
         bound = f"{'>' if open_low else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
         raise ValueError(f"{name} must be finite and {bound}, got {value!r}")
 
@@ -49,14 +50,23 @@ class Gate:
     value: Callable[[Tensor, float], Tensor]
     slope: Callable[[Tensor, float], Tensor]
 
+    def __post_init__(self) -> None:
+        for name in ("value", "slope"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"Gate.{name} must be a function of (u, tau), got {type(getattr(self, name)).__name__}")
+
     def check(self, tau: float) -> None:
         """Raise ValueError naming the violated condition; all four are tested in float64 on a dense grid of ratios."""
         log_r = torch.linspace(-20.0, 20.0, 8001, dtype=torch.float64)
         near = torch.linspace(-1.0, 6.0, 14001, dtype=torch.float64)
         u = torch.unique(torch.cat([torch.expm1(log_r), near, near.clamp(-1, 1) / max(1.0, tau)]))
         f1 = self.slope(u, tau)
-        if f1.shape != u.shape or not bool(torch.isfinite(f1).all()):
-            self._fail(tau, "f' must be finite and elementwise for every ratio in [e^-20, e^20]")
+        for name, got in (("slope", f1), ("value", self.value(u, tau))):
+            if not isinstance(got, Tensor) or got.shape != u.shape:
+                came = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+                self._fail(tau, f"{name} must give a tensor of the shape of u, {tuple(u.shape)}; it gave {came}")
+        if not bool(torch.isfinite(f1).all()):
+            self._fail(tau, "f' must be finite for every ratio in [e^-20, e^20]")
         self._check_derivative(near, tau)
         at_one = float(self.slope(torch.zeros(1, dtype=torch.float64), tau))
         if abs(at_one - 1.0) > 1e-6 or float(f1.max()) > 1.0 + 1e-6:

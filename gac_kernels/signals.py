@@ -67,6 +67,8 @@ class Signals:
     hidden: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rows, Tensor):
+            raise TypeError(f"rows must be a torch.Tensor, got {type(self.rows).__name__}")
         if self.rows.dim() != 2 or self.rows.shape[1] != len(SIGNAL_COLUMNS):
             raise ValueError(f"rows must have shape (S, {len(SIGNAL_COLUMNS)}), got {tuple(self.rows.shape)}")
         if self.rows.dtype not in (torch.float32, torch.float64):
@@ -74,11 +76,15 @@ class Signals:
         for name in ("policy_aggregation", "supervised_aggregation"):
             if getattr(self, name) not in AGGREGATIONS:
                 raise ValueError(f"{name} must be one of {AGGREGATIONS}, got {getattr(self, name)!r}")
-        if self.norm_length is not None and not self.norm_length > 0:
-            raise ValueError(f"norm_length must be positive or None, got {self.norm_length!r}")
-        hidden = self.hidden
-        if hidden is not None and (hidden.dim() != 2 or hidden.shape[0] != self.rows.shape[0]):
-            raise ValueError(f"hidden must have shape ({self.rows.shape[0]}, H), got {tuple(hidden.shape)}")
+        if not isinstance(self.has_sum_sq, bool):
+            raise TypeError(f"has_sum_sq must be a bool, got {type(self.has_sum_sq).__name__}")
+        length = self.norm_length
+        if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float))):
+            raise TypeError(f"norm_length must be a number or None, got {type(length).__name__}")
+        if length is not None and not 0 < length < float("inf"):
+            raise ValueError(f"norm_length must be positive and finite or None, got {length!r}")
+        if self.hidden is not None:
+            _check_hidden(self.hidden, self.rows)
 
     def __add__(self, other: Signals) -> Signals:
         """The rows of both, in this order. Raises ValueError where the two were not made in the same way."""
@@ -91,8 +97,9 @@ class Signals:
         rank, returns self. How many rows there are is exchanged first: through the group's CPU backend if it has one,
         else through the device, which the host then waits for.
         """
-        from .distributed import gather_signals  # imports this module
+        from .distributed import check_group, gather_signals  # import this module
 
+        check_group("group", group)
         gathered = gather_signals(self, group, self.rows.device)
         assert gathered is not None  # None comes only where no rank has Signals
         return gathered
@@ -101,6 +108,16 @@ class Signals:
         """What must agree between Signals that are put together."""
         width = None if self.hidden is None else self.hidden.shape[1]
         return self.has_sum_sq, self.policy_aggregation, self.supervised_aggregation, self.norm_length, width
+
+
+def _check_hidden(hidden: Tensor, rows: Tensor) -> None:
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+        came = hidden.dtype if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise TypeError(f"hidden must be a floating point tensor, got {came}")
+    if hidden.dim() != 2 or hidden.shape[0] != rows.shape[0]:
+        raise ValueError(f"hidden must have shape ({rows.shape[0]}, H), got {tuple(hidden.shape)}")
+    if hidden.device != rows.device:
+        raise ValueError(f"hidden must be on {rows.device} like rows, got {hidden.device}")
 
 
 METADATA_FIELDS = ("has_sum_sq", "policy_aggregation", "supervised_aggregation", "norm_length", "width of hidden")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import products
+from ..distributed import check_group
 from ..objectives import GIFT
 from ..shards import VocabularyShard
 from ..types import TokenBatch
@@ -60,6 +61,8 @@ def check_head(
     for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
         if value.dtype is not hidden.dtype:
             raise TypeError(f"{name} must have dtype {hidden.dtype} like hidden, got {value.dtype}")
+    if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
+        raise TypeError(f"vocab_size must be an int or None, got {vocab_size!r}")
     shard = None
     if group is None:
         columns = weight.shape[0] if vocab_size is None else vocab_size
@@ -68,10 +71,11 @@ def check_head(
                 "weight must have at least one row, got none: a ZeRO-3 shard is gathered by "
                 "deepspeed.zero.GatheredParameters, and a rank's empty part of the vocabulary goes with tp_group"
             )
-        if isinstance(columns, bool) or not isinstance(columns, int) or not 0 < columns <= weight.shape[0]:
+        if not 0 < columns <= weight.shape[0]:
             raise ValueError(f"vocab_size must be in [1, {weight.shape[0]}], weight's rows, got {vocab_size!r}")
         width = columns
     else:
+        check_group("tp_group", group)
         if torch.compiler.is_compiling():
             raise RuntimeError("tp_group is not supported under torch.compile: call outside the compiled region")
         shard = VocabularyShard.of(group, weight.shape[0], vocab_size, weight.device)
@@ -102,6 +106,8 @@ def base_of(
     if (hidden is None) != (weight is None):
         missing = "base_hidden" if hidden is None else "base_weight"
         raise ValueError(f"{missing} must be given: base_hidden and base_weight go together")
+    if bias is not None and hidden is None:
+        raise ValueError("base_hidden must be given: base_bias is of the head that base_weight is")
     if hidden is None or weight is None:
         if batch.base_logits is None:
             raise ValueError(

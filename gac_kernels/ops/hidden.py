@@ -14,13 +14,13 @@ from .. import library, linear
 from ..objectives import GIFT, HybridObjective, LogitTransform
 from ..schemas import encode_rows
 from ..shards import VocabularyShard
-from ..types import IGNORE_INDEX, Denominators, HybridLoss, TokenBatch, TokenLogprobs
+from ..types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
 from . import inputs
 from .head import base_of, check_head, chunk_of
 from .logits import OUTPUTS, PLAIN, anchor_of, check_outputs, checked_transform
 from .once import first_order_only
 from .plan import LossPlan
-from .rows import as_rows, check_targets, row_temperature
+from .rows import as_rows, check_targets, live_places, row_temperature
 from .token import assemble
 
 
@@ -270,9 +270,7 @@ def token_logprobs_from_hidden(
     transform = checked_transform(transform)
     check_outputs(outputs)
     head = check_head(hidden, weight, bias, targets, vocab_size, tp_group)
-    if mask is not None and mask.shape != targets.shape:
-        raise ValueError(f"mask must have the targets' shape {tuple(targets.shape)}, got {tuple(mask.shape)}")
-    live = targets.ne(IGNORE_INDEX) if mask is None else mask.bool() & targets.ne(IGNORE_INDEX)
+    live = live_places(targets, mask)
     check_targets("targets", targets, live, head.columns)
     dtype = torch.promote_types(head.hidden.dtype, torch.float32)
     results = _HiddenLogprobs.apply(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def scalar(name: str, value: float | Tensor, like: Tensor, high: float = math.in
     if isinstance(value, Tensor):
         if value.ndim == 0 and value.dtype is like.dtype and value.device == like.device and not value.requires_grad:
             return value  # as it is, which is the rule
+        if value.is_complex():
+            raise TypeError(f"{name} must be real, got {value.dtype}")
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         if value.device != like.device:
@@ -36,7 +39,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor, high: float = math.in
         return value.detach().reshape(()).to(like.dtype)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
-    if not 0.0 <= value <= high or math.isinf(value):
+    if not 0.0 <= value <= min(high, sys.float_info.max):
         raise ValueError(f"{name} must be finite and in [0, {high:g}], got {value!r}")
     return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
@@ -51,11 +54,15 @@ def norm_length_of(objective: HybridObjective, batch: TokenBatch) -> float | Non
     return float(length)
 
 
+def check_batch(batch: TokenBatch) -> None:
+    if not isinstance(batch, TokenBatch):
+        raise TypeError(f"batch must be a TokenBatch, got {type(batch).__name__}")
+
+
 def check_objective(objective: HybridObjective, batch: TokenBatch) -> None:
     if not isinstance(objective, HybridObjective):
         raise TypeError(f"objective must be a HybridObjective, got {type(objective).__name__}")
-    if not isinstance(batch, TokenBatch):
-        raise TypeError(f"batch must be a TokenBatch, got {type(batch).__name__}")
+    check_batch(batch)
     if isinstance(objective.policy, DFPO) and batch.groups is None:
         raise ValueError("batch.groups must be given: DFPO transforms the sequence weights inside each group")
     if objective.kl_coef and batch.ref_logprobs is None:
@@ -92,6 +99,8 @@ def counts_of(denominators: Denominators | None, like: Tensor) -> tuple[Tensor |
 
     if denominators is None:
         return None, None
+    if not isinstance(denominators, Denominators):
+        raise TypeError(f"denominators must be Denominators, got {type(denominators).__name__}")
     return count("policy", denominators.policy), count("supervised", denominators.supervised)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from .. import library
 from ..objectives import GIFT, HybridObjective, LogitTransform
 from ..schemas import encode_rows
-from ..types import IGNORE_INDEX, Denominators, HybridLoss, TokenBatch, TokenLogprobs
+from ..types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
 from . import inputs
 from .once import first_order_only, scaled
 from .plan import LossPlan
-from .rows import as_rows, check_logits, check_targets, check_writable, row_temperature
+from .rows import as_rows, check_logits, check_targets, check_writable, live_places, row_temperature
 from .token import assemble
 
 OUTPUTS = ("logprobs", "entropy", "sum_sq")
@@ -168,6 +168,8 @@ def anchor_of(value: Tensor) -> Tensor:
 
 
 def check_outputs(outputs: tuple[str, ...]) -> None:
+    if not isinstance(outputs, (tuple, list)):
+        raise TypeError(f"outputs must be a tuple of names, got {outputs!r}")
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"outputs must be among {', '.join(OUTPUTS)}; got {unknown[0]!r}")
@@ -249,11 +251,9 @@ def token_logprobs(
             device sync, else that row's results are nan.
     """
     check_logits("logits", logits, targets)
-    if mask is not None and mask.shape != targets.shape:
-        raise ValueError(f"mask must have the targets' shape {tuple(targets.shape)}, got {tuple(mask.shape)}")
     check_outputs(outputs)
     transform = checked_transform(transform)
-    live = targets.ne(IGNORE_INDEX) if mask is None else mask.bool() & targets.ne(IGNORE_INDEX)
+    live = live_places(targets, mask)
     check_targets("targets", targets, live, logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     inplace = inplace and not torch.compiler.is_compiling()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import LogitTransform
-from ..types import TokenBatch
+from ..types import IGNORE_INDEX, TokenBatch
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,6 +35,21 @@ def check_targets(name: str, targets: Tensor, live: Tensor, V: int) -> None:
     low, high = (int(bound) for bound in torch.where(live, targets, 0).aminmax())
     if low < 0 or high >= V:
         raise ValueError(f"{name} must be in [0, {V}) or -100, got {low} to {high}")
+
+
+def live_places(targets: Tensor, mask: Tensor | None) -> Tensor:
+    """Bool, shaped as the targets: where the mask is not 0 and the target is not -100."""
+    live = targets.ne(IGNORE_INDEX)
+    if mask is None:
+        return live
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool or 0-1 tensor, got {kind}")
+    if mask.shape != targets.shape:
+        raise ValueError(f"mask must have the targets' shape {tuple(targets.shape)}, got {tuple(mask.shape)}")
+    if mask.device != targets.device:
+        raise ValueError(f"mask must be on {targets.device} like targets, got {mask.device}")
+    return mask.bool() & live
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -84,6 +99,9 @@ def row_temperature(transform: LogitTransform, where: TokenBatch | Tensor, dtype
         )
     if temperature_S.device != targets.device:
         raise ValueError(f"transform.temperature must be on {targets.device}, got {temperature_S.device}")
+    look = temperature_S.device.type == "cpu" and not torch.compiler.is_compiling()  # where it costs no sync
+    if look and not bool(((temperature_S > 0) & temperature_S.isfinite()).all()):
+        raise ValueError(f"transform.temperature must be finite and > 0, got {temperature_S.tolist()}")
     if batch is None or batch.cu_seqlens is None:
         return temperature_S.view(-1, *(1,) * (targets.ndim - 1)).expand(targets.shape).reshape(-1)
     position_N = torch.arange(targets.shape[0], device=targets.device)

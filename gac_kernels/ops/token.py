@@ -148,6 +148,9 @@ def signals_from_logprobs(
             (GAC, arXiv 2605.26184).
         sum_sq: sum of p squared a token, needed by the ``logit`` estimator.
     """
+    inputs.check_batch(batch)
+    if not isinstance(logprobs, Tensor):
+        raise TypeError(f"logprobs must be a floating point tensor, got {type(logprobs).__name__}")
     if objective is None:
         objective, batch = _PAPER, replace(batch, old_logprobs=None, ref_logprobs=None, rollout_weights=None)
     elif isinstance(objective, HybridObjective) and objective.entropy_coef:

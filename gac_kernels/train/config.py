@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,14 @@ class TrainConfig:
     fsdp: bool = False
 
     def __post_init__(self) -> None:
+        for name, kinds in (
+            ("output", (str, Path)),
+            ("model", (str, Path)),
+            ("task", str),
+            ("device", (str, torch.device)),
+        ):
+            if not isinstance(getattr(self, name), kinds):
+                raise TypeError(f"{name} must be a string, got {type(getattr(self, name)).__name__}")
         object.__setattr__(self, "output", Path(self.output))
         for name, (tiny, local) in _BY_MODEL.items():
             if getattr(self, name) is None:
@@ -205,7 +214,7 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-            if not math.isfinite(value) or not low <= value <= high:
+            if not low <= value <= min(high, sys.float_info.max):
                 raise ValueError(f"{name} must be finite and in [{low:g}, {high:g}], got {value!r}")
         if self.total_steps == 0:
             raise ValueError("steps and warmup_sft_steps must not both be 0")

@@ -197,7 +197,7 @@ class JsonlTask:
 
     def _read(self) -> list[Example]:
         examples = []
-        with self.path.open(encoding="utf-8") as lines:
+        with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     examples.append(_parse(line, f"{self.path}, line {number}"))
@@ -206,10 +206,12 @@ class JsonlTask:
         return examples
 
 
-def _parse(line: str, where: str) -> Example:
+def _parse(line: bytes, where: str) -> Example:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not valid UTF-8 ({error})") from error
+    except (ValueError, RecursionError) as error:  # beside JSON's own: integers too long, brackets too deep
         raise ValueError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
@@ -226,6 +228,8 @@ def _parse(line: str, where: str) -> Example:
             raise ValueError(f"{where}: field {name!r} must be a string, got {type(value).__name__}")
         if not value.strip():
             raise ValueError(f"{where}: field {name!r} must not be empty")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{where}: field {name!r} must be text, got half a surrogate pair")
     return Example(record["prompt"], record["answer"], record.get("demonstration"))
 
 
