@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-BENCHES = ("bench", "logits-bf16", "logits-fp32", "hidden-bf16")
+BENCHES = ("bench", "logits-bf16", "logits-small", "logits-fp32", "hidden-bf16")
 OBJECTS = ("doctor", *BENCHES, "overhead-tiny", "overhead-qwen2")  # steps that print JSON
 
 

@@ -45,28 +45,32 @@ step() {
     fi
 }
 
+# sanitize TOOL BACKEND
 sanitize() {
-    local tool=$1
-    shift
     # Without PyTorch's caching allocator each tensor is an allocation of its own, whose ends memcheck sees.
-    step "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$@" python3 benchmarks/sanitize.py
+    step "$1-$2" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 python3 benchmarks/sanitize.py "$2"
 }
 
-step build 150 env GAC_KERNELS_REQUIRE_EXT=1 python3 setup.py build_ext --inplace
+step build 200 env GAC_KERNELS_REQUIRE_EXT=1 GAC_KERNELS_CUDA=1 python3 setup.py build_ext --inplace
 step doctor 60 python3 -m gac_kernels doctor --json
 step tests 150 python3 -m pytest -q -m gpu -p no:cacheprovider tests
-step sanitize 60 python3 benchmarks/sanitize.py # compiles the kernels: the sanitizers then spend their time running them
-sanitize memcheck
-step bench 120 python3 -m gac_kernels bench --kernel token --device cuda --shape 64x2048 512x8192 --seconds 3 --json
+# Compiles Triton's kernels: the sanitizers then spend their time running them.
+for backend in triton cuda; do step "sanitize-$backend" 60 python3 benchmarks/sanitize.py $backend; done
+sanitize memcheck cuda
+sanitize synccheck cuda
+LOGITS=(python3 -m gac_kernels bench --kernel logits --device cuda --backend triton,cuda --seconds 2 --json)
+step logits-bf16 120 "${LOGITS[@]}" --dtype bf16 --shape 16384x151936 # 4.98 GB of logits, 9.96 GB to move
+step bench 90 python3 -m gac_kernels bench --kernel token --device cuda --shape 64x2048 512x8192 --seconds 2 --json
 step overhead-tiny 60 python3 -m gac_kernels overhead --device cuda --model tiny --seconds 8 --json
 step overhead-qwen2 60 python3 -m gac_kernels overhead --device cuda --model qwen2-0.5b-head --seconds 8 --json
-sanitize racecheck
-sanitize initcheck
-LOGITS=(python3 -m gac_kernels bench --kernel logits --device cuda --backend triton --seconds 3 --json)
-step logits-bf16 200 "${LOGITS[@]}" --dtype bf16 --shape 1024x32000 16384x151936 # 4.98 GB of logits, 9.96 GB to move
-step logits-fp32 200 "${LOGITS[@]}" --dtype fp32 --shape 1024x32000 8192x151936
-HIDDEN=(python3 -m gac_kernels bench --kernel hidden --device cuda --backend triton --seconds 3 --json)
-step hidden-bf16 150 "${HIDDEN[@]}" --dtype bf16 --shape 8192x151936
+sanitize racecheck cuda
+sanitize initcheck cuda
+step logits-small 60 "${LOGITS[@]}" --dtype bf16 --shape 1024x32000
+step logits-fp32 120 "${LOGITS[@]}" --dtype fp32 --shape 8192x151936
+HIDDEN=(python3 -m gac_kernels bench --kernel hidden --device cuda --backend triton,cuda --seconds 3 --json)
+step hidden-bf16 120 "${HIDDEN[@]}" --dtype bf16 --shape 8192x151936
+
+for tool in memcheck synccheck racecheck initcheck; do sanitize $tool triton; done
 
 for i in "${!STEPS[@]}"; do
     printf '%s %s %s\n' "${STEPS[i]}" "${STATUS[i]}" "${SECONDS_OF[i]}"

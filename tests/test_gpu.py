@@ -8,6 +8,7 @@ from hidden_support import HiddenCase
 from logit_support import LogitCase, check_gradient, check_rows, make, run, worst
 
 import gac_kernels as gk
+from gac_kernels import library
 from gac_kernels.bench.cases import TokenCase
 from gac_kernels.bench.session import run_case
 from gac_kernels.commands.selftest import CASES, check_backend, logit_cases, token_cases
@@ -15,22 +16,36 @@ from gac_kernels.commands.selftest import CASES, check_backend, logit_cases, tok
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")]
 
 
-def test_triton_serves_the_device():
-    assert gk.backends()["cuda"].startswith("triton:")
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def backend(request):
+    """Every test on both; CUDA C++ is skipped where the package was built without it."""
+    try:
+        with gk.use_backend(request.param):
+            yield request.param
+    except RuntimeError as error:
+        if "is not available" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
-def test_every_objective_against_float64():
-    outcome = check_backend("triton", "cuda", seed=0, budget_seconds=600.0)
+def test_what_the_table_says_serves(backend):
+    serving = {name: of for name, device, of in library.table() if device == "cuda"}
+    assert gk.backends()["cuda"].startswith(serving["fused_rows"] + ":")
+    assert serving["controller_step"] == ("cuda" if backend == "cuda" else serving["controller_step"])
+
+
+def test_every_objective_against_float64(backend):
+    outcome = check_backend(backend, "cuda", seed=0, budget_seconds=600.0)
     assert outcome.status == "passed", outcome.why
     assert outcome.cases == f"{CASES} of {CASES}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [(4, 1), (7, 130), (64, 2048), (4, 70_000)], ids=str)
-def test_sizes_and_dtypes_against_float64(size, dtype):
-    found = run_case(TokenCase(*size, dtype, "cuda"), ["gac-triton", "gac-reference", "eager"], modes=())
+def test_sizes_and_dtypes_against_float64(size, dtype, backend):
+    found = run_case(TokenCase(*size, dtype, "cuda"), [f"gac-{backend}", "gac-reference", "eager"], modes=())
     assert not found.wrong
-    assert set(found.errors) == {"gac-triton", "gac-reference", "eager"}
+    assert set(found.errors) == {f"gac-{backend}", "gac-reference", "eager"}
 
 
 def _step(objective, batch, logprobs, entropy, sum_sq, mu):
@@ -164,3 +179,41 @@ def test_a_cuda_graph_replays_the_loss_and_its_gradient():
         graph.replay()
         want_loss, want_gradient = step()
         assert torch.equal(loss, want_loss) and torch.equal(gradient, want_gradient)
+
+
+def test_a_side_stream_gives_the_same_bits():
+    """Work is queued on torch's current stream, behind what made its inputs there."""
+    objective, batch, logits = next(logit_cases(seed=5, device="cuda"))
+    mu = torch.tensor(0.3, device="cuda")
+    want, want_gradient = _logit_step(objective, batch, logits, mu)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)  # inputs come late: a launch on another stream would not see them
+        late = logits.clone()
+        got, gradient = _logit_step(objective, batch, late, mu)
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(got.loss, want.loss) and torch.equal(gradient, want_gradient)
+
+
+def test_more_than_two_to_the_31_logits():
+    """The last rows, whose offsets need 64 bits, are those of the same rows alone."""
+    V, N = 131_072, 16_500
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * N * V:
+        pytest.skip("needs 13 GB of free GPU memory")
+    logits = torch.empty(1, N, V, device="cuda", dtype=torch.bfloat16).normal_()
+    last = logits[:, -2:].clone()
+    targets = torch.randint(0, V, (1, N), device="cuda")
+    mask = torch.ones(1, N, dtype=torch.bool, device="cuda")
+    batch = gk.TokenBatch.from_padded(targets, mask, advantages=torch.ones(1, device="cuda"))
+    counts = gk.Denominators(policy=torch.tensor(1.0, device="cuda"), supervised=torch.tensor(1.0, device="cuda"))
+    objective = gk.HybridObjective(gk.GRPO(), aggregation="token-mean")
+    whole = logits.requires_grad_()
+    out = gk.hybrid_loss_from_logits(whole, batch, objective, 0.0, inplace=True, denominators=counts)
+    out.loss.backward()
+    rest = gk.TokenBatch.from_padded(targets[:, -2:], mask[:, -2:], advantages=torch.ones(1, device="cuda"))
+    alone = last.requires_grad_()
+    few = gk.hybrid_loss_from_logits(alone, rest, objective, 0.0, denominators=counts)
+    few.loss.backward()
+    assert torch.equal(out.logprobs[:, -2:], few.logprobs)
+    assert torch.equal(whole.grad[:, -2:], alone.grad)

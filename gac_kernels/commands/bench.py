@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument(
-        "--backend", choices=("reference", "cpu", "triton", "cuda"), help="of ours; default: all there are"
+        "--backend", metavar="A,B", help="of ours: reference, cpu, triton, cuda; default: all there are"
     )
     parser.add_argument("--providers", metavar="NAME,...", help="default: everyone but gac-reference")
     parser.add_argument("--modes", metavar="MODE,...", help="default: forward,backward,full; of logits: full")
@@ -180,12 +180,14 @@ def _names(args: argparse.Namespace, device: str) -> dict[str, list[str]]:
         if name not in everyone:
             raise ValueError(f"--providers: {name!r} is none of {', '.join(everyone)}")
     if args.backend is not None:
-        try:
-            with use_backend(args.backend):
-                pass
-        except RuntimeError as error:  # asked for by name, so its absence is an error and no remark
-            raise ValueError(f"--backend {args.backend}: {error}") from error
-        own = [name for name in everyone if name.startswith(f"{OURS}-{args.backend}")]
+        own = []
+        for backend in args.backend.split(","):
+            try:
+                with use_backend(backend):
+                    pass
+            except (RuntimeError, ValueError) as error:  # asked for by name, so its absence is an error and no remark
+                raise ValueError(f"--backend {backend}: {error}") from error
+            own += [name for name in everyone if name.startswith(f"{OURS}-{backend}")]
         names = own + [name for name in names if not name.startswith(f"{OURS}-")]
     return {kernel: [name for name in providers if name in names] for kernel, providers in there.items()}
 
