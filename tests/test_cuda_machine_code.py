@@ -66,7 +66,7 @@ def test_every_architecture_has_every_kernel(usage):
     assert {"sm_80", "sm_90a"} <= set(kernels)
     assert len({frozenset(names) for names in kernels.values()}) == 1
     names = " ".join(next(iter(kernels.values())))
-    for part in ("row_kernel", "scale_kernel", "advantages", "controller", "moments"):
+    for part in ("row_kernel", "scale_kernel", "token_loss_kernel", "advantages", "controller", "gradients"):
         assert part in names, part
     assert ".target sm_" in _dump("-ptx") or "sm_100" not in kernels  # for architectures to come
 
