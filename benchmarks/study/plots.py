@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .tables import Arms, accuracy, by_arm, interval, kl_area
+from .tables import Arms, by_arm, gain, interval, kl_area
 
 # Okabe and Ito's colours, told apart by the colour-blind.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-DPI = 90
+DPI = 80
 Curve = list[tuple[float, float]]
 
 
@@ -38,11 +38,11 @@ def write_plots(results: dict[str, Any], docs: Path) -> list[Path]:
 
 
 def _outcomes(arms: Arms) -> Figure:
-    """Accuracy and KL-drift area of every arm with their intervals; the grey points are the seeds."""
+    """Gain of accuracy and KL-drift area of every arm with their intervals; the grey points are the seeds."""
     figure = Figure(figsize=(9, 0.32 * len(arms) + 1.1), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, value, label in (
-        (left, lambda run: 100 * accuracy(run), "accuracy after the run, %"),
+        (left, lambda run: 100 * gain(run), "gain of accuracy over the start, points"),
         (right, kl_area, "KL-drift area, nats a token times steps"),
     ):
         for place, runs in enumerate(arms.values()):

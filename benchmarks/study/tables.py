@@ -33,6 +33,11 @@ def accuracy(run: Run, stage: int = -1) -> float:
     return float(run["stages"][stage]["accuracy"][-1][1])
 
 
+def gain(run: Run) -> float:
+    """Change of the accuracy over the whole run; seeds differ most in where they start."""
+    return accuracy(run) - float(run["stages"][0]["accuracy"][0][1])
+
+
 def kl_area(run: Run, stage: int = -1) -> float:
     """Integral over optimizer steps (trapezoids) of the probe's KL to the start policy, nats a token times steps."""
     points = run["stages"][stage]["probe"]
@@ -116,7 +121,8 @@ def _head(results: dict[str, Any]) -> str:
     size = ", ".join(f"{name} {value}" for name, value in results["size"].items())
     return (
         "Written by `python benchmarks/study.py` from `results.json`; do not edit. `mean ± half width` of the 95 % t "
-        f"interval over seeds.\n\nSize: {size}.\n\n{versions}; {results['machine']}, one thread a run."
+        "interval over seeds. Gain: of the accuracy over the start's.\n\n"
+        f"Size: {size}.\n\n{versions}; {results['machine']}, one thread a run."
     )
 
 
@@ -124,6 +130,7 @@ def _controllers(arms: Arms, size: dict[str, Any]) -> str:
     header = [
         "arm",
         "accuracy, %",
+        "gain, points",
         "KL-drift area",
         *(f"moves of mu > {t:g}, %" for t in LARGE_STEPS),
         "last mu",
@@ -133,7 +140,7 @@ def _controllers(arms: Arms, size: dict[str, Any]) -> str:
     for arm, runs in arms.items():
         mean_mu = interval([tail(run, "mu", 0.0) for run in runs.values()])[0]
         rows.append([
-            arm, cell(runs, accuracy, 100, 1), cell(runs, kl_area, 1, 2),
+            arm, cell(runs, accuracy, 100, 1), cell(runs, gain, 100, 1), cell(runs, kl_area, 1, 2),
             *(f"{100 * interval([large_steps(r, t) for r in runs.values()])[0]:.0f}" for t in LARGE_STEPS),
             f"{mean_mu:.2f}", f"{interval([step_milliseconds(r) for r in runs.values()])[0]:.0f}",
         ])  # fmt: skip
@@ -147,17 +154,17 @@ def _against(arms: Arms) -> str:
     for arm, runs in arms.items():
         if arm == DEFAULT_ARM:
             continue
-        gain = paired(ours, runs, lambda run: 100 * accuracy(run))
+        ahead = paired(ours, runs, lambda run: 100 * accuracy(run))
         area, half = paired(ours, runs, lambda run: math.log(kl_area(run)))
         low, high = (100 * math.expm1(bound) for bound in (area - half, area + half))
         bounds = f" [{low:+.0f}, {high:+.0f}]"
         rows.append([
-            arm, f"{gain[0]:+.1f}{around(gain[1], 1)}{mark(gain)}",
+            arm, f"{ahead[0]:+.1f}{around(ahead[1], 1)}{mark(ahead)}",
             f"{100 * math.expm1(area):+.0f}{'' if math.isnan(half) else bounds}{mark((area, half))}",
         ])  # fmt: skip
     header = [f"{DEFAULT_ARM} against", "accuracy, points", "KL-drift area, %"]
     note = (
-        f"`*`: the interval leaves out 0. Of {2 * len(rows)} such intervals one or two do so by chance. The area is "
+        f"`*`: the interval leaves out 0. Of {2 * len(rows)} such intervals about one does so by chance. The area is "
         "compared by the geometric mean over seeds."
     )
     return f"### {DEFAULT_ARM} minus each other arm, paired by seed\n\n{markdown(header, rows)}\n\n{note}"
@@ -167,13 +174,14 @@ def _gates(arms: Arms, size: dict[str, Any]) -> str:
     header = [
         "gate (tau_pos, tau_neg)",
         "accuracy, %",
+        "gain, points",
         "effective update ratio",
         "entropy of rollouts",
         "KL-drift area",
     ]
     rows = [
         [
-            arm, cell(runs, accuracy, 100, 1),
+            arm, cell(runs, accuracy, 100, 1), cell(runs, gain, 100, 1),
             cell(runs, lambda r: off_policy(r, "effective_update_ratio", size["updates"]), 1, 3),
             cell(runs, lambda r: tail(r, "entropy"), 1, 3), cell(runs, kl_area, 1, 1),
         ]
@@ -184,10 +192,18 @@ def _gates(arms: Arms, size: dict[str, Any]) -> str:
 
 
 def _transforms(arms: Arms, size: dict[str, Any]) -> str:
-    header = ["objective", "accuracy, %", "cancellation residual", "entropy of rollouts", "KL-drift area"]
+    header = [
+        "objective",
+        "accuracy, %",
+        "gain, points",
+        "cancellation residual",
+        "entropy of rollouts",
+        "KL-drift area",
+    ]
     rows = [
         [
-            arm, cell(runs, accuracy, 100, 1), cell(runs, lambda r: off_policy(r, "residual", size["updates"]), 1, 3),
+            arm, cell(runs, accuracy, 100, 1), cell(runs, gain, 100, 1),
+            cell(runs, lambda r: off_policy(r, "residual", size["updates"]), 1, 3),
             cell(runs, lambda r: tail(r, "entropy"), 1, 3), cell(runs, kl_area, 1, 1),
         ]
         for arm, runs in arms.items()

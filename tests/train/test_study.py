@@ -62,6 +62,8 @@ def test_every_arm_has_its_results_tables_and_plots(smoke):
             assert stage["cpu_seconds"] > 0 and all(0 <= a <= 1 for _, a in stage["accuracy"])
             assert stage["probe"][0][0] == 0 and all(kl >= 0 and h >= 0 for _, kl, h in stage["probe"])
         assert runs[0]["stages"][0]["probe"][0][1] == 0.0  # at the start, the KL to the start
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("| ")]
+    assert len(tables) == 5 and all(len({line.count("|") for line in table}) == 1 for table in tables)
     plots = sorted((smoke / "docs").glob("*.png"))
     assert len(plots) == 5 and all(plot.stat().st_size < 150_000 for plot in plots)
 
@@ -268,7 +270,7 @@ def test_the_numbers_of_a_run():
 
     run = made_up("controllers", "x", 0, 0.7, [0.5, 0.52, 0.515, 0.6], [[0, 0.0, 2.0], [1, 0.2, 1.5], [4, 0.4, 1.0]],
                   entropy=[1.0, 2.0, 3.0, 5.0])  # fmt: skip
-    assert tables.accuracy(run) == 0.7
+    assert tables.accuracy(run) == 0.7 and tables.gain(run) == pytest.approx(0.6)
     assert tables.kl_area(run) == pytest.approx(0.5 * 0.2 + 3 * 0.3)
     assert tables.probe_entropy(run) == 1.0
     assert tables.large_steps(run, 0.01) == pytest.approx(2 / 3) and tables.large_steps(run, 0.05) == pytest.approx(
@@ -317,7 +319,8 @@ def test_the_comparison_is_paired_and_marks_what_leaves_out_0(tmp_path):
     half, half_zero = (4.303 * statistics.stdev(g) / 3**0.5 for g in (gains, zero))
     assert f"| worse | {statistics.fmean(gains):+.1f} ± {half:.1f} * | -50 [-50, -50] * |" in lines
     mean, half = statistics.fmean(ours), 4.303 * statistics.stdev(ours) / 3**0.5
-    assert f"| GAC coefficient | {100 * mean:.1f} ± {100 * half:.1f} | 0.40 ± 0.00 | 0 | 0 | 0.50 | 100 |" in lines
+    row = f"| GAC coefficient | {100 * mean:.1f} ± {100 * half:.1f} | {100 * mean - 10:.1f} ± {100 * half:.1f} | "
+    assert row + "0.40 ± 0.00 | 0 | 0 | 0.50 | 100 |" in lines
     against = lines[lines.index(f"| alike | {statistics.fmean(zero):+.1f} ± {half_zero:.1f} | +0 [+0, +0] |")]
     assert "*" not in against
     assert any(line.startswith("| alike | 71.7") and line.endswith("| 100 | 100 | 0.40 | 100 |") for line in lines)
