@@ -222,13 +222,15 @@ class GuidedAdaptiveController:
             raise ValueError(f"state_dict lacks {missing}")
         if unknown := sorted(set(state_dict) - expected, key=str):
             raise ValueError(f"state_dict has unknown keys {unknown}")
-        if state_dict["version"] != STATE_VERSION:
+        if not isinstance(state_dict["version"], int) or state_dict["version"] != STATE_VERSION:
             raise ValueError(f"state_dict['version'] must be {STATE_VERSION}, got {state_dict['version']!r}")
         ours, theirs = self.config.as_dict(), state_dict["config"]
         if not isinstance(theirs, Mapping):
             raise TypeError(f"state_dict['config'] must be a mapping, got {type(theirs).__name__}")
+        if odd := [v for v in theirs.values() if not isinstance(v, (str, int, float, dict, type(None)))]:
+            raise TypeError(f"state_dict['config'] must hold plain values, got {type(odd[0]).__name__}")
         if ours != theirs:
-            differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            differing = sorted((k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)), key=str)
             text = ", ".join(f"{k}: {ours.get(k)!r} here, {theirs.get(k)!r} there" for k in differing)
             raise ValueError(f"state_dict['config'] must be this controller's configuration, differs in {text}")
         step = state_dict["step"]

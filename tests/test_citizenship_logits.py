@@ -50,9 +50,13 @@ def test_opcheck(objective, dtype, form):
         torch.library.opcheck(operator, args)
 
 
+# What no loss calls; test_cuda_controller, test_cuda_advantages and test_gradient_moments check them.
+OTHERS = {"controller_step", "group_advantages", "gradient_moments", "accumulate_moments_"}
+
+
 def test_every_operator_is_checked():
     cases = [calls_of(make(base=True), o, inplace=i) for o in OBJECTIVES for i in (False, True)]
-    assert set().union(*cases) == set(schemas.SCHEMAS)
+    assert set().union(*cases) | OTHERS == set(schemas.SCHEMAS)
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])

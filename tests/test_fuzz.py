@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,17 @@ FUZZ = settings(
     max_examples=150, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
+
+
+def attempt(call: Callable[..., Any], *args: Any, **keywords: Any) -> tuple[Any, Exception | None]:
+    """What the call gives, or the TypeError or ValueError (no subclass of them) that it refuses by."""
+    try:
+        return call(*args, **keywords), None
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError):  # UnicodeDecodeError is one, and names no file
+            raise
+        return None, error
+
 
 WORDS = st.sampled_from(["prompt", "answer", "demonstration", "x"])
 TEXTS = st.one_of(st.text(max_size=5), st.just("\ud800"))
@@ -46,11 +59,9 @@ GOOD = b'{"prompt": "p", "answer": "a", "demonstration": "d"}\n'
 def test_any_jsonl_is_read_or_refused_by_file_and_line(tmp_path, lines):
     path = tmp_path / "user.jsonl"
     path.write_bytes(GOOD + GOOD + b"\n".join(lines))
-    try:
-        task = JsonlTask(path, eval_size=1)
-    except ValueError as error:
-        assert type(error) is ValueError  # UnicodeDecodeError is one, and names no file
-        assert str(error).startswith(f"{path}, line "), error
+    task, error = attempt(JsonlTask, path, eval_size=1)
+    if error is not None:
+        assert type(error) is ValueError and str(error).startswith(f"{path}, line "), error
         return
     for text in task.texts():  # what was accepted can be used
         text.encode()
@@ -58,12 +69,12 @@ def test_any_jsonl_is_read_or_refused_by_file_and_line(tmp_path, lines):
 
 NUMBERS = st.one_of(
     st.floats(), st.integers(-3, 1200), st.just(10**400), st.booleans(), st.none(),
-    st.sampled_from(["0.5", "", "gac", "float32", [1], {}, torch.ones(2), math.nan, gk.KLTarget(), gk.ConstantPrior(0.2)]),
+    st.sampled_from(["0.5", "", "gac", "float32", [1], {}, torch.ones(2), gk.KLTarget(), gk.ConstantPrior(0.2)]),
 )  # fmt: skip
 
 
-def settings_of(kind: type, skip: tuple[str, ...] = ()) -> st.SearchStrategy:
-    names = st.sampled_from([field.name for field in fields(kind) if field.name not in skip])
+def settings_of(kind: type) -> st.SearchStrategy:
+    names = st.sampled_from([field.name for field in fields(kind)])
     return st.dictionaries(names, NUMBERS, min_size=1, max_size=3)
 
 
@@ -79,11 +90,8 @@ def test_any_settings_are_taken_or_refused_by_name(kind):
     @FUZZ
     @given(settings_of(kind))
     def fuzz(chosen):
-        try:
-            made = kind(**required | chosen)
-        except (TypeError, ValueError) as error:
-            # A bound may be that of another field, which the text then names as well.
-            assert type(error) in (TypeError, ValueError)
+        made, error = attempt(kind, **required | chosen)
+        if error is not None:  # a bound may be that of another field, which the text then names as well
             assert any(field.name in str(error) for field in fields(kind)), error
             return
         for name, value in chosen.items():
@@ -106,11 +114,10 @@ def test_any_state_is_taken_or_refused_and_then_changes_nothing(changes):
     controller = gk.GuidedAdaptiveController()
     before = controller.state_dict()
     state = {key: value for key, value in (before | changes).items() if value is not ...}
-    try:
-        controller.load_state_dict(state)
-    except (TypeError, ValueError) as error:
-        assert "state_dict" in str(error), error
+    _, error = attempt(controller.load_state_dict, state)
+    if error is not None:
         after = controller.state_dict()
+        assert "state_dict" in str(error), error
         assert all(torch.equal(v, after[k]) if torch.is_tensor(v) else v == after[k] for k, v in before.items())
         return
     controller.step()
