@@ -19,8 +19,12 @@ __all__ = ["all_gather", "all_gather_ints", "check_group", "gather_signals", "me
 
 
 def check_group(name: str, group: object) -> None:
-    """None, for the default group, or a process group of torch.distributed."""
-    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+    """None, for the default group, or what torch.distributed gives for a group, also where this rank is not in it."""
+    if group is None:
+        return
+    if not dist.is_available() or not (
+        isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER
+    ):
         raise TypeError(f"{name} must be a process group or None, got {type(group).__name__}")
 
 
