@@ -121,7 +121,8 @@ def _head(results: dict[str, Any]) -> str:
     size = ", ".join(f"{name} {value}" for name, value in results["size"].items())
     return (
         "Written by `python benchmarks/study.py` from `results.json`; do not edit. `mean ± half width` of the 95 % t "
-        "interval over seeds. Gain: of the accuracy over the start's.\n\n"
+        "interval over seeds. Gain: of the accuracy over the start's. Minus an arm: "
+        "accuracy at the end, points, paired by seed; `*` where the interval leaves out 0.\n\n"
         f"Size: {size}.\n\n{versions}; {results['machine']}, one thread a run."
     )
 
@@ -175,13 +176,14 @@ def _gates(arms: Arms, size: dict[str, Any]) -> str:
         "gate (tau_pos, tau_neg)",
         "accuracy, %",
         "gain, points",
+        f"minus {next(iter(arms))}",
         "effective update ratio",
         "entropy of rollouts",
         "KL-drift area",
     ]
     rows = [
         [
-            arm, cell(runs, accuracy, 100, 1), cell(runs, gain, 100, 1),
+            arm, cell(runs, accuracy, 100, 1), cell(runs, gain, 100, 1), _minus_first(arms, runs),
             cell(runs, lambda r: off_policy(r, "effective_update_ratio", size["updates"]), 1, 3),
             cell(runs, lambda r: tail(r, "entropy"), 1, 3), cell(runs, kl_area, 1, 1),
         ]
@@ -196,13 +198,14 @@ def _transforms(arms: Arms, size: dict[str, Any]) -> str:
         "objective",
         "accuracy, %",
         "gain, points",
+        f"minus {next(iter(arms))}",
         "cancellation residual",
         "entropy of rollouts",
         "KL-drift area",
     ]
     rows = [
         [
-            arm, cell(runs, accuracy, 100, 1), cell(runs, gain, 100, 1),
+            arm, cell(runs, accuracy, 100, 1), cell(runs, gain, 100, 1), _minus_first(arms, runs),
             cell(runs, lambda r: off_policy(r, "residual", size["updates"]), 1, 3),
             cell(runs, lambda r: tail(r, "entropy"), 1, 3), cell(runs, kl_area, 1, 1),
         ]
@@ -222,18 +225,29 @@ def _objectives(arms: Arms, size: dict[str, Any], value: str) -> str:
 
 def _starts(arms: Arms, size: dict[str, Any]) -> str:
     header = ["start", "accuracy after it, %", "entropy after it", "accuracy after RL, %", "entropy after RL"]
+    header.append(f"minus {next(iter(arms))}")
     rows = [
         [
             arm, *(
                 cell(runs, lambda r, stage=stage, of=of: of(r, stage), *form)  # type: ignore[misc]
                 for stage in (0, 1) for of, form in ((accuracy, (100, 1)), (probe_entropy, (1, 4)))
             ),
+            _minus_first(arms, runs),
         ]
         for arm, runs in arms.items()
     ]  # fmt: skip
     text = f"{_seeds(arms)}, {size['start_steps']} supervised steps, then {size['rl_steps']} steps of RL alone."
     entropy = "Entropy on the probe's tokens, nats."
     return f"## GIFT against SFT as a start for RL\n\n{text} {entropy}\n\n{markdown(header, rows)}"
+
+
+def _minus_first(arms: Arms, runs: dict[int, Run]) -> str:
+    """Accuracy at the end minus the first arm's, in points, paired by seed."""
+    first = next(iter(arms.values()))
+    if runs is first:
+        return ""
+    ahead = paired(runs, first, lambda run: 100 * accuracy(run))
+    return f"{ahead[0]:+.1f}{around(ahead[1], 1)}{mark(ahead)}"
 
 
 def cell(runs: dict[int, Run], value: Callable[[Run], float], scale: float, digits: int) -> str:
