@@ -23,6 +23,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 REFERENCE, MATH = "gac_kernels/reference", "csrc/math"
 RULE = ("tests/test_controller.py",)
+EDGES = ("tests/test_edges.py", "-k", "refreshes")
 SIGNALS = ("tests/test_signals.py",)
 LOSS = ("tests/test_token_loss.py", "-k", "reference and (policy or kl or aggregations or branches)")
 ADVANTAGES = ("tests/test_advantages.py",)
@@ -52,7 +53,7 @@ MUTATIONS = {
         f"{REFERENCE}/controller.py", "state.measured * config.ema_beta", "config.ema_beta", RULE
     ),
     "every step refreshes": Mutation(
-        f"{REFERENCE}/controller.py", "(step.remainder(config.update_every) == 0)", "(step >= 0)", RULE
+        f"{REFERENCE}/controller.py", "(step.remainder(config.update_every) == 0)", "(step >= 0)", EDGES
     ),
     "mu is not capped": Mutation(
         f"{REFERENCE}/controller.py", "clamp_(-config.change_cap, config.change_cap)", "clamp_(-1.0, 1.0)", RULE

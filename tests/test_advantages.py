@@ -41,6 +41,7 @@ def check(rewards, groups, ids, baseline, scale, eps=1e-6):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_groups_by_size(baseline, scale):
@@ -60,6 +61,7 @@ rewards_and_ids = st.lists(
 )
 
 
+@pytest.mark.usefixtures("backend")
 @settings(max_examples=150, deadline=None)
 @given(rewards_and_ids, st.sampled_from(BASELINES), st.sampled_from(SCALES), st.sampled_from([0.0, 1e-6, 0.1]))
 def test_any_groups_by_id(rows, baseline, scale, eps):
@@ -67,6 +69,7 @@ def test_any_groups_by_id(rows, baseline, scale, eps):
     check(rewards, torch.tensor(ids, dtype=torch.int64), ids, baseline, scale, eps)
 
 
+@pytest.mark.usefixtures("backend")
 @settings(max_examples=50, deadline=None)
 @given(rewards_and_ids, st.randoms(use_true_random=False))
 def test_order_of_sequences_is_free(rows, random):
@@ -92,6 +95,7 @@ def test_order_of_sequences_is_free(rows, random):
     assert got == want
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_exact_zeros(baseline, scale):
@@ -107,6 +111,7 @@ def test_exact_zeros(baseline, scale):
     assert advantages([], torch.tensor([], dtype=torch.int64)) == []
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_nan_reward_leaves_its_group_as_if_it_were_not_there():
     with_nan = gk.group_advantages(torch.tensor([1.0, math.nan, 2.0, 4.0]), 4)
     without = gk.group_advantages(torch.tensor([1.0, 2.0, 4.0]), 3)

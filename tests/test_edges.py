@@ -9,6 +9,7 @@ import torch
 from support import POLICIES, policy_name
 
 import gac_kernels as gk
+from gac_kernels import controller_schema, library
 from gac_kernels.library import has_triton
 
 
@@ -87,6 +88,20 @@ def test_a_packed_sequence_does_not_see_the_next(backend):
         inside(torch.where(around[:, None], torch.nan, logits), replace(batch, old_logprobs=nan)),
     ):
         assert all(a.equal(b) for a, b in zip(got, want, strict=True))
+
+
+def test_the_controllers_operator_refreshes_by_the_count_in_its_state(backend):
+    """As a replayed CUDA graph needs it: the host does not say which step it is."""
+    if backend == "triton":
+        pytest.skip("Triton has no such operator")
+    controller = gk.GuidedAdaptiveController(gk.ControllerConfig(update_every=3))
+    seen = controller._seen(gk.Signals(torch.rand(6, 12, generator=torch.Generator().manual_seed(0)) + 0.5), None)
+    for step in range(7):
+        state = controller._state.clone()
+        state[controller_schema.STEPS] = step
+        after, _ = library.call("controller_step", state, *seen)
+        assert bool(after[controller_schema.MEASURED].any()) == (step % 3 == 0), step
+        assert after[controller_schema.STEPS] == step + 1
 
 
 @pytest.mark.gpu
