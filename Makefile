@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs study release clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,15 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/gac-kernels bench
+
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
+study: $(STAMP)
+	$(BIN)/python benchmarks/study.py
+
+release: $(STAMP)
+	RELEASE=dist .ci/packaging
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info gac_kernels/*.so

@@ -30,11 +30,14 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-g1"],
     "thread": ["-fsanitize=thread", "-fno-omit-frame-pointer", "-g1"],
 }
-# Fault -> file under csrc/cuda, what stands there once, and what takes its place.
+# Fault -> file under csrc/cuda, what stands there once, what takes its place, and the units that must be compiled anew.
 PLANTS = {
-    "off-by-one": ("row_memory.cuh", "return vector * Width + Width <= columns;", "return vector * Width < columns;"),
+    "off-by-one": (
+        "row_memory.cuh", "return vector * Width + Width <= columns;", "return vector * Width < columns;",
+        ("rows_short.cu",),
+    ),
     "missing-barrier": (
-        "row_moments.cuh", "    barrier();  // the first warp adds up what all have left\n", "",
+        "row_moments.cuh", "    barrier();  // the first warp adds up what all have left\n", "", ("rows_short.cu",),
     ),
 }  # fmt: skip
 SANITIZER, PLANT = os.environ.get("GAC_EMULATE_SANITIZER", ""), os.environ.get("GAC_EMULATE_PLANT", "")
@@ -42,59 +45,59 @@ TORCH = Path(torch.__file__).parent
 
 
 def _digest() -> str:
-    digest = hashlib.sha256(" ".join([COMPILER, *FLAGS, torch.__version__, SANITIZER, PLANT]).encode())
+    digest = hashlib.sha256(" ".join([COMPILER, *FLAGS, torch.__version__, SANITIZER]).encode())
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def compile_units(units: list[Path], into: Path, flags: list[str]) -> list[str]:
-    """Objects of the units, compiled side by side."""
+def _compile(units: list[Path], into: Path) -> None:
+    """An object of each unit, compiled side by side."""
+    torch_flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
 
-    def one(unit: Path) -> str:
-        target = into / f"{unit.name}.o"
-        command = [COMPILER, *FLAGS, *flags, "-x", "c++", "-c", str(unit), "-o", str(target)]
+    def one(unit: Path) -> None:
+        own = SANITIZERS[SANITIZER] if unit.suffix == ".cu" else torch_flags  # kernels are what the sanitizers watch
+        command = [COMPILER, *FLAGS, *own, "-x", "c++", "-c", str(unit), "-o", str(into / f"{unit.name}.o")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-        return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, units))
+        list(pool.map(one, units))
 
 
-def _planted(work: Path) -> Path:
-    """The sources, or a copy with the planted fault."""
-    if not PLANT:
-        return ROOT / "csrc"
-    name, good, bad = PLANTS[PLANT]
-    shutil.copytree(ROOT / "csrc", work / "csrc")
-    path = work / "csrc" / "cuda" / name
+def _link(folder: Path) -> Path:
+    objects = map(str, sorted(folder.glob("*.o")))
+    command = [COMPILER, "-shared", "-pthread", *SANITIZERS[SANITIZER], *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([*command, "-o", str(folder / "linking.so")], check=True)
+    return (folder / "linking.so").replace(folder / "module.so")
+
+
+def _planted(whole: Path) -> Path:
+    """The module with the planted fault: the units that hold it compiled anew from changed sources."""
+    name, good, bad, units = PLANTS[PLANT]
+    folder = whole / PLANT
+    shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
+    path = folder / "csrc" / "cuda" / name
     text = path.read_text()
     assert text.count(good) == 1, f"{name} has {text.count(good)} of what the fault {PLANT!r} replaces"
     path.write_text(text.replace(good, bad))
-    return work / "csrc"
+    for sound in whole.glob("*.o"):
+        shutil.copy(sound, folder)
+    _compile([folder / "csrc" / "cuda" / unit for unit in units], folder)
+    return _link(folder)
 
 
 def build() -> Path:
     """The module, built if these sources were not."""
-    folder = ROOT / "build"
-    folder.mkdir(exist_ok=True)
-    module = folder / f"emulated-{_digest()}.so"
-    with (folder / "emulated.lock").open("w") as lock:
+    folder = ROOT / "build" / f"emulated-{_digest()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one test run come here at once
-        if not module.exists():
-            work = folder / f"emulated-{os.getpid()}"
-            work.mkdir()
-            torch_flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
-            folder_of_sources = _planted(work) / "cuda"
-            sanitizer = SANITIZERS[SANITIZER]
-            objects = compile_units(sorted(folder_of_sources.glob("*.cu")), work, sanitizer)
-            objects += compile_units(sorted(folder_of_sources.glob("*.cpp")), work, torch_flags)
-            link = [COMPILER, "-shared", "-pthread", *sanitizer, *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
-            subprocess.run([*link, "-o", str(work / "module.so")], check=True)
-            (work / "module.so").replace(module)
-            shutil.rmtree(work)
-    return module
+        if not (folder / "module.so").exists():
+            here = ROOT / "csrc" / "cuda"
+            _compile(sorted([*here.glob("*.cu"), *here.glob("*.cpp")]), folder)
+            _link(folder)
+        return _planted(folder) if PLANT else folder / "module.so"
 
 
 def load() -> None:
