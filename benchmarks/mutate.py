@@ -181,7 +181,7 @@ def tests_pass(tree: Path, tests: tuple[str, ...], compiled: bool) -> bool:
     """Whether they do; RuntimeError where they could not be run."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     if compiled:
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
         subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
