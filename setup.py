@@ -9,7 +9,8 @@ C++ compiler are missing the package installs without the extension and computes
 * ``GAC_KERNELS_SKIP_EXT=1``: do not try to build the CPU kernels;
 * ``GAC_KERNELS_SANITIZE=1``: build with the address and undefined-behaviour sanitizers (for tests);
 * ``GAC_KERNELS_CUDA=1``: build the CUDA kernels, also beside a torch for the CPU (no GPU is needed), or fail; ``0``: do
-  not. By default they are built where nvcc is found and torch is one for CUDA.
+  not. By default they are built where nvcc is found and torch is one for CUDA;
+* ``GAC_KERNELS_CUDA_ARCHITECTURES="90a"``: for these alone, without PTX; by default 80, 90a, 100 and PTX.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ UNIT_FLAGS = {
     for isa, flags in (("avx512", AVX512), ("avx2", AVX2))
 }
 # fmad: what the kernels do not write as one stays two roundings, as on the CPU. A spilled register is an error.
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings", "-Xptxas", "-warn-spills,-Werror",
-              "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]  # fmt: skip
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--threads=2", "-Werror", "all-warnings",
+              "-Xptxas", "-warn-spills,-Werror", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]  # fmt: skip
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr"]
 
 
@@ -118,6 +119,8 @@ def find_nvcc() -> str | None:
 
 def cuda_architectures(nvcc: str) -> list[str]:
     """Code for Ampere (also 8.6 and 8.9), Hopper and Blackwell, and PTX for what comes after, of those nvcc knows."""
+    if asked := os.environ.get("GAC_KERNELS_CUDA_ARCHITECTURES", "").split():
+        return [f"-gencode=arch=compute_{name},code=sm_{name}" for name in asked]
     text = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = [number for number in ("80", "90", "100") if f"compute_{number}\n" in text]
     names = ["90a" if number == "90" else number for number in known]

@@ -51,7 +51,9 @@ sanitize() {
     step "$1-$2" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 python3 benchmarks/sanitize.py "$2"
 }
 
-step build 200 env GAC_KERNELS_REQUIRE_EXT=1 GAC_KERNELS_CUDA=1 python3 setup.py build_ext --inplace
+ARCHITECTURE=$(python3 -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))')
+step build 200 env GAC_KERNELS_REQUIRE_EXT=1 GAC_KERNELS_CUDA=1 GAC_KERNELS_CUDA_ARCHITECTURES="$ARCHITECTURE" \
+    python3 setup.py build_ext --inplace
 step doctor 60 python3 -m gac_kernels doctor --json
 step tests 150 python3 -m pytest -q -m gpu -p no:cacheprovider tests
 # Compiles Triton's kernels: the sanitizers then spend their time running them.

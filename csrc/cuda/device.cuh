@@ -77,9 +77,15 @@ GAC_DEVICE int cluster_size() {
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
     return size;
 }
-// What a thread wrote before it arrives is seen by those that have waited.
-GAC_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-GAC_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// What a thread wrote before it arrives is seen by those that have waited. A warp arrives and waits as one.
+GAC_DEVICE void cluster_arrive() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+GAC_DEVICE void cluster_wait() {
+    __syncwarp();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // *own as block `rank` of the cluster has it: `own` points into this block's shared memory.
 template <class T>
