@@ -134,7 +134,8 @@ def bits(value: Tensor | tuple[Tensor, ...]):
 
 def check_conversions(dtype: torch.dtype, sample: int = 1) -> None:
     """All finite 16-bit numbers come in as they are (the maximum of a row of one column is its logit), and float32
-    slopes go out rounded to the nearest (the gradient of a target of probability 0 is the slope). Every ``sample``-th."""
+    slopes go out rounded to the nearest (the gradient of a target of probability 0 is the slope).
+    Of every ``sample``-th number."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     every = every[every.isfinite()][::sample].view(1, -1, 1)
     N = every.numel()
