@@ -12,11 +12,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <memory>
-#include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define GAC_DEVICE inline
@@ -34,6 +34,8 @@ namespace emulation {
 constexpr auto kPatience = std::chrono::seconds(60);
 constexpr unsigned char kPoison = 0xff;  // of shared memory: nan as a number, -1 as a count
 
+inline std::atomic<uint64_t> progress{0};  // barriers that all threads have reached
+
 class Barrier {
 public:
     explicit Barrier(int count) : count_(count) {}
@@ -41,31 +43,26 @@ public:
     void arrive_and_wait() { wait(arrive()); }
 
     // The generation that wait() waits to be over.
-    long arrive() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        const long mine = generation_;
-        if (++arrived_ == count_) {
-            arrived_ = 0;
-            ++generation_;
-            changed_.notify_all();
+    uint32_t arrive() {
+        const uint32_t mine = generation_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            progress.fetch_add(1, std::memory_order_relaxed);
+            generation_.store(mine + 1, std::memory_order_release);
+            generation_.notify_all();
         }
         return mine;
     }
 
-    void wait(long generation) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        if (!changed_.wait_for(lock, kPatience, [&] { return generation_ != generation; })) {
-            fprintf(stderr, "emulation: only %d of %d threads came to a barrier\n", arrived_, count_);
-            abort();
-        }
+    void wait(uint32_t generation) {
+        while (generation_.load(std::memory_order_acquire) == generation)
+            generation_.wait(generation, std::memory_order_acquire);
     }
 
 private:
-    std::mutex mutex_;
-    std::condition_variable changed_;
     const int count_;
-    int arrived_ = 0;
-    long generation_ = 0;
+    std::atomic<int> arrived_{0};
+    std::atomic<uint32_t> generation_{0};
 };
 
 struct Warp {
@@ -102,7 +99,7 @@ struct Position {
     Block* block;
     int thread, threads, rank, clusters_blocks;
     int64_t block_index, grid_blocks;
-    long cluster_generation;
+    uint32_t cluster_generation;
     std::vector<std::vector<Copy>> groups;  // committed copies, then the open group
 };
 inline thread_local Position here;
@@ -115,6 +112,7 @@ void launch(int64_t grid, int cluster, int threads, size_t shared_bytes, const F
         abort();
     }
     Cluster group(cluster, threads, shared_bytes);
+    std::atomic<int> running{cluster * threads};
     const auto run = [&](int rank, int thread) {
         Block& own = *group.blocks[rank];
         for (int64_t first = 0; first < grid; first += cluster) {
@@ -124,10 +122,22 @@ void launch(int64_t grid, int cluster, int threads, size_t shared_bytes, const F
             kernel();
             group.barrier.arrive_and_wait();
         }
+        running.fetch_sub(1);
     };
     std::vector<std::thread> all;
     for (int rank = 0; rank < cluster; ++rank)
         for (int t = 0; t < threads; ++t) all.emplace_back(run, rank, t);
+    for (auto [seen, since] = std::pair(progress.load(), std::chrono::steady_clock::now()); running.load() > 0;) {
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+        const auto now = std::chrono::steady_clock::now();
+        if (const uint64_t latest = progress.load(); latest != seen) {
+            seen = latest;
+            since = now;
+        } else if (now - since > kPatience) {
+            fprintf(stderr, "emulation: threads wait at a barrier that others do not reach\n");
+            abort();
+        }
+    }
     for (std::thread& each : all) each.join();
 }
 
