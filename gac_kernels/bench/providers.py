@@ -31,6 +31,8 @@ def _ours(backend: str, inplace: bool | None, case: Case) -> Provider:
     device = torch.device(case.device).type
     if backend == "triton" and device == "cpu":
         raise Unavailable("Triton runs on a CPU in its interpreter only, whose time says nothing")
+    if backend == "cuda" and device != "cuda":
+        raise Unavailable(f"the CUDA C++ kernels do not take tensors on {device}")
     if backend == "cpu" and device != "cpu":
         raise Unavailable(f"the compiled CPU kernels do not take tensors on {device}")
     try:
