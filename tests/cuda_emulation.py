@@ -30,14 +30,15 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-omit-frame-pointer", "-g1"],
     "thread": ["-fsanitize=thread", "-fno-omit-frame-pointer", "-g1"],
 }
-# Fault -> file under csrc/cuda, what stands there once, what takes its place, and the units that must be compiled anew.
+# Fault -> file under csrc/cuda, what stands there once, what takes its place, and the units that must be compiled anew:
+# all that make the same function of it, or the linker may take a sound one.
 PLANTS = {
     "off-by-one": (
         "row_memory.cuh", "return vector * Width + Width <= columns;", "return vector * Width < columns;",
         ("rows_short.cu",),
     ),
     "missing-barrier": (
-        "row_moments.cuh", "    barrier();  // the first warp adds up what all have left\n", "", ("rows_short.cu",),
+        "rows.cuh", "        barrier();         // the facts are there\n", "", ("rows_short.cu",),
     ),
 }  # fmt: skip
 SANITIZER, PLANT = os.environ.get("GAC_EMULATE_SANITIZER", ""), os.environ.get("GAC_EMULATE_PLANT", "")

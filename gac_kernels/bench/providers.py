@@ -24,11 +24,9 @@ OURS = "gac"
 NEW = "-new"  # of our providers: out of place
 
 
-def _ours(backend: str, inplace: bool | None, case: Case) -> Provider:
-    """This package on a backend; ``inplace`` is None where there is no choice."""
-    from .. import __version__
-
-    device = torch.device(case.device).type
+def check_backend(backend: str, device: str | torch.device) -> None:
+    """Raises ``Unavailable`` where this package's ``backend`` is not there, or is not for tensors on ``device``."""
+    device = torch.device(device).type
     if backend == "triton" and device == "cpu":
         raise Unavailable("Triton runs on a CPU in its interpreter only, whose time says nothing")
     if backend == "cuda" and device != "cuda":
@@ -40,6 +38,13 @@ def _ours(backend: str, inplace: bool | None, case: Case) -> Provider:
             pass
     except RuntimeError as error:
         raise Unavailable(str(error)) from error
+
+
+def _ours(backend: str, inplace: bool | None, case: Case) -> Provider:
+    """This package on a backend; ``inplace`` is None where there is no choice."""
+    from .. import __version__
+
+    check_backend(backend, case.device)
     loss: Callable[..., Any] = hybrid_loss
     if isinstance(case, HiddenCase):
         loss = hybrid_loss_from_hidden

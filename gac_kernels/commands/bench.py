@@ -168,8 +168,9 @@ def _names(args: argparse.Namespace, device: str) -> dict[str, list[str]]:
     import torch
 
     from ..bench.cases import CASES
-    from ..bench.providers import OURS, PROVIDERS
-    from ..library import backends, use_backend
+    from ..bench.provider import Unavailable
+    from ..bench.providers import OURS, PROVIDERS, check_backend
+    from ..library import backends
 
     there = {kernel: PROVIDERS[kernel] for kernel in (CASES[name].kernel for name in args.kernel)}
     everyone = list(dict.fromkeys(name for providers in there.values() for name in providers))
@@ -183,9 +184,8 @@ def _names(args: argparse.Namespace, device: str) -> dict[str, list[str]]:
         own = []
         for backend in args.backend.split(","):
             try:
-                with use_backend(backend):
-                    pass
-            except (RuntimeError, ValueError) as error:  # asked for by name, so its absence is an error and no remark
+                check_backend(backend, device)
+            except (Unavailable, ValueError) as error:  # asked for by name, so its absence is an error and no remark
                 raise ValueError(f"--backend {backend}: {error}") from error
             own += [name for name in everyone if name.startswith(f"{OURS}-{backend}")]
         names = own + [name for name in names if not name.startswith(f"{OURS}-")]
