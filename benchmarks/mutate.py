@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-REFERENCE, MATH = "gac_kernels/reference", "csrc/math"
+REFERENCE, TRITON, MATH = "gac_kernels/reference", "gac_kernels/_triton", "csrc/math"
 RULE = ("tests/test_controller.py",)
 EDGES = ("tests/test_edges.py", "-k", "refreshes")
 SIGNALS = ("tests/test_signals.py",)
@@ -35,6 +35,7 @@ class Mutation(NamedTuple):
     good: str
     bad: str
     tests: tuple[str, ...]
+    failure: int | None = None  # the row of tests/README.md's first table that this is an instance of
 
 
 MUTATIONS = {
@@ -94,7 +95,7 @@ MUTATIONS = {
         "count_S = reduce(torch.ones_like(x_S), \"sum\")", ADVANTAGES,
     ),
     "equal rewards are divided": Mutation(
-        f"{REFERENCE}/advantages.py", "scored_S & (highest_S > lowest_S)", "scored_S", ADVANTAGES
+        f"{REFERENCE}/advantages.py", "scored_S & (highest_S > lowest_S)", "scored_S", ADVANTAGES, 23
     ),
     # Objectives and the reference of the loss
     "a clip of nan is taken": Mutation(
@@ -114,21 +115,134 @@ MUTATIONS = {
     ),
     "rollout weights are dropped": Mutation(
         f"{REFERENCE}/terms.py", "loss_N, slope_N = tokens.rollout_N * loss_N, tokens.rollout_N * slope_N",
-        "loss_N, slope_N = loss_N, slope_N", LOSS,
+        "loss_N, slope_N = loss_N, slope_N", LOSS, 3
     ),
     "k3 with the other sign": Mutation(
         f"{REFERENCE}/terms.py", "d_N.exp() - d_N - 1.0, 1.0 - d_N.exp()", "d_N.exp() - d_N - 1.0, d_N.exp() - 1.0",
-        LOSS,
+        LOSS, 14
     ),
     "the weighted KL loses the ratio's gradient": Mutation(
         f"{REFERENCE}/terms.py", "slope_N = ratio_N * (slope_N + torch.where(alive_N, value_N, 0.0))",
-        "slope_N = ratio_N * slope_N", LOSS,
+        "slope_N = ratio_N * slope_N", LOSS, 14
     ),
     "phi without 1 - p": Mutation(
         f"{REFERENCE}/terms.py", "-p_N * (1.0 - p_N) if phi", "-p_N if phi", LOSS
     ),
     "denominators are ignored": Mutation(
-        f"{REFERENCE}/terms.py", "total = own if denominator is None else", "total = own if True else", LOSS
+        f"{REFERENCE}/terms.py", "total = own if denominator is None else", "total = own if True else", LOSS, 4
+    ),
+    # A failure seen elsewhere, each
+    "columns beyond the row count": Mutation(
+        f"{TRITON}/row_pass.py",
+        "read_tile(pointer, start, i, V, float(\"-inf\"), LANES, WIDTH).to(dtype)\n"
+        "        x, _ = capped(raw, inner, cap, CAPPED)\n        if CAPPED:",
+        "read_tile(pointer, start, i, V, 0.0, LANES, WIDTH).to(dtype)\n"
+        "        x, _ = capped(raw, inner, cap, CAPPED)\n        if CAPPED:",
+        ("tests/test_triton_rows.py", "-k", "vocabulary_sizes"), 1,
+    ),
+    "a mask that multiplies": Mutation(
+        f"{REFERENCE}/logits.py", "torch.where(live[..., None], logits.to(dtype), 0.0)",
+        "logits.to(dtype) * live[..., None]", ("tests/test_logits_reference.py", "-k", "selected_before"), 2,
+    ),
+    "every rank divides by its own tokens": Mutation(
+        "gac_kernels/train/loop.py",
+        "self.ranks.total(\n            batch.count(objective.aggregation, expert=False), "
+        "batch.count(objective.supervised_aggregation, expert=True)\n        )",
+        "(\n            batch.count(objective.aggregation, expert=False), "
+        "batch.count(objective.supervised_aggregation, expert=True)\n        )",
+        ("tests/train/test_ranks.py", "-k", "two_ranks_take"), 5,
+    ),
+    "an empty branch is divided by 0": Mutation(
+        f"{REFERENCE}/terms.py", "torch.where(member_S, 1.0 / (per_S * torch.where(member_S, total, 1.0)), 0.0)",
+        "member_S / (per_S * total)", ("tests/test_token_loss.py", "-k", "branches_without_tokens"), 6,
+    ),
+    "one upstream gradient for all": Mutation(
+        "gac_kernels/ops/logits.py", "if slope is None else slope.contiguous(),",
+        "if slope is None else slope[:1].expand_as(slope).contiguous(),",
+        ("tests/test_logits_properties.py", "-k", "token_logprobs"), 7,
+    ),
+    "logits are overwritten in silence": Mutation(
+        "gac_kernels/ops/logits.py", "if inplace and gradient is not None:", "if False:",
+        ("tests/test_logits_properties.py", "-k", "in_place_is_seen"), 8,
+    ),
+    "a second backward scales twice": Mutation(
+        "gac_kernels/ops/hidden.py", "ctx.spent = True", "ctx.spent = False",
+        ("tests/test_hidden_loss.py", "-k", "one_backward"), 8,
+    ),
+    "-inf less -inf": Mutation(
+        f"{TRITON}/row_pass.py", "tl.where(higher == float(\"-inf\"), 0.0, higher)", "higher",
+        ("tests/test_triton_rows.py", "-k", "infinities"), 9,
+    ),
+    "sequences begin in 31 bits": Mutation(
+        f"{TRITON}/memory.py", "return s * T.to(tl.int64), T.to(tl.int64)",
+        "return (s * T).to(tl.int32).to(tl.int64), T.to(tl.int64)",
+        ("tests/test_triton_kernels.py", "-k", "offsets_past"), 10,
+    ),
+    "strides are not looked at": Mutation(
+        "gac_kernels/ops/inputs.py", "return value if value.is_contiguous() else value.contiguous()", "return value",
+        ("tests/test_token_loss.py", "-k", "strided_inputs"), 11,
+    ),
+    "the cap has no derivative": Mutation(
+        f"{REFERENCE}/rows.py", "softcap * flat_NV, dz_NV * (1.0 - flat_NV.square())", "softcap * flat_NV, dz_NV",
+        ("tests/test_logits_loss.py", "-k", "reference and dtypes_and_transforms"), 12,
+    ),
+    "old log-probs at temperature 1": Mutation(
+        "gac_kernels/train/loop.py", "module(rows, self.config.temperature)[0]", "module(rows, 1.0)[0]",
+        ("tests/train/test_loop.py", "-k", "ratio_is_exactly_one"), 13,
+    ),
+    "the KL is clamped at its output": Mutation(
+        f"{REFERENCE}/terms.py", "d_N = raw_N.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)\n", "d_N = raw_N\n",
+        ("tests/test_token_loss.py", "-k", "reference and kl"), 14,
+    ),
+    "padding counts in a sequence's length": Mutation(
+        f"{REFERENCE}/loss.py", "segments.sum((tokens.live_N & ~tokens.policy_N).to(dtype))",
+        "segments.sum((~tokens.policy_N).to(dtype))",
+        ("tests/test_token_loss.py", "-k", "reference and (aggregations or dead_rows)"), 15,
+    ),
+    "the head's gradient is summed in 16 bits": Mutation(
+        "gac_kernels/products.py", "torch.mm(a.float(), b.float(), out=total)",
+        "total.copy_(torch.mm(a.float(), b.float()).to(self.head.weight.dtype))",
+        ("tests/test_hidden_loss.py", "-k", "number_of_chunks"), 16,
+    ),
+    "autocast reaches the products": Mutation(
+        "gac_kernels/linear.py", "torch.autocast(hidden.device.type, enabled=False)", "torch.enable_grad()",
+        ("tests/test_hidden_citizenship.py", "-k", "autocast"), 17,
+    ),
+    "a sharded head is taken": Mutation(
+        "gac_kernels/ops/head.py", "if hasattr(weight, \"full_tensor\"):", "if False:",
+        ("tests/test_hidden_citizenship.py", "-k", "sharded_head"), 19,
+    ),
+    "the compiler meets a host read": Mutation(
+        "gac_kernels/ops/rows.py", "targets.numel() == 0 or torch.compiler.is_compiling()", "targets.numel() == 0",
+        ("tests/test_citizenship_logits.py", "-k", "graph_break"), 20,
+    ),
+    "every length is compiled for": Mutation(
+        f"{TRITON}/row_kernel.py", "do_not_specialize=[\"N\", \"B\", \"V\",", "do_not_specialize=[\"N\", \"B\",",
+        ("tests/test_triton_aot.py", "-k", "a_new_length"), 21,
+    ),
+    "a sequence begins a token late": Mutation(
+        f"{REFERENCE}/terms.py", "torch.bucketize(position_N, batch.cu_seqlens[1:], right=True)",
+        "torch.bucketize(position_N, batch.cu_seqlens[1:])", ("tests/test_edges.py", "-k", "packed_sequence"), 22,
+    ),
+    "phi is differentiated": Mutation(
+        f"{REFERENCE}/terms.py", "p_N = logp_N.detach().exp()\n    phi", "p_N = logp_N.exp()\n    phi",
+        ("tests/test_edges.py", "-k", "phi_is_a_weight"), 23,
+    ),
+    "a target in no shard is a zero": Mutation(
+        "gac_kernels/shards.py", "lost_N = owner_RN.sum(0) != 1", "lost_N = owner_RN.sum(0) > 1",
+        ("tests/test_vocabulary_parallel.py", "-k", "in_no_shard"), 24,
+    ),
+    "an empty shard has mass": Mutation(
+        "gac_kernels/shards.py", "torch.where(empty_RN, -torch.inf, (top_RN - top_N) + log_sum_RN)",
+        "(top_RN - top_N) + log_sum_RN", ("tests/test_vocabulary_parallel.py", "-k", "without_mass"), 24,
+    ),
+    "a rank without signals is an error": Mutation(
+        "gac_kernels/distributed.py", "[header for header in headers if header[0] >= 0]", "headers",
+        ("tests/test_controller_distributed.py", "-k", "ranks_equal_one_process"), 25,
+    ),
+    "ranks with other settings are not told": Mutation(
+        "gac_kernels/controller.py", "tag = (self._step, self._fingerprint)", "tag = (0, 0)",
+        ("tests/test_controller_distributed.py", "-k", "disagreements"), 26,
     ),
     # csrc/math
     "C++: mu* without sigma_r": Mutation(

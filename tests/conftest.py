@@ -27,11 +27,25 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request):
+def _forced(backend):
     import gac_kernels as gk
 
-    if request.param == "cpu" and not gk.backends()["cpu"].startswith("cpu:"):
+    if backend == "cpu" and not gk.backends()["cpu"].startswith("cpu:"):
         pytest.skip("this install has no compiled module")
-    with gk.use_backend(request.param):
-        yield request.param
+    with gk.use_backend(backend):
+        yield backend
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    yield from _forced(request.param)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def every_backend(request):
+    """Triton in its interpreter where there is no GPU; on one the tests marked gpu have it."""
+    from gac_kernels.library import has_triton
+
+    if request.param == "triton" and (not has_triton or torch.cuda.is_available()):
+        pytest.skip("tensors on a CPU need Triton and its interpreter")
+    yield from _forced(request.param)

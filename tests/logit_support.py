@@ -19,6 +19,10 @@ TRANSFORMS = {
     "all": gk.LogitTransform(1.3, softcap=6.0, scale=0.5),
 }
 
+ROW_POLICIES = [
+    *(gk.SAPO(gate) for gate in ("sigmoid", "erf", "arctan", "softsign")), gk.GRPO(delta=1.5), gk.CISPO(), gk.GSPO(),
+]  # fmt: skip
+
 
 @dataclass
 class LogitCase:
@@ -157,3 +161,18 @@ def check(case: LogitCase, objective, mu=0.3, transform=None, **options) -> None
     assert got.metrics.keys() == want.metrics.keys()
     for name, value in got.metrics.items():
         torch.testing.assert_close(value.double(), want.metrics[name], rtol=10 * bound, atol=10 * bound)
+
+
+def with_infinities(T: int, dtype: torch.dtype) -> LogitCase:
+    """Rows with one -inf logit, with a first tile of them, with all but one, with a target of -inf, and huge ones."""
+    case = make((T, T), (False, True), V=5000, dtype=dtype, holes=False, poison=False, rollout=False)
+    case.logits[:, 0, 7] = -torch.inf
+    case.logits[:, 1, :4500] = -torch.inf
+    case.batch.targets[:, 1] = 4700
+    case.logits[:, 2] = -torch.inf
+    case.logits[:, 2, 3] = 2.0
+    case.batch.targets[:, 2] = 3
+    case.batch.targets[:, 3] = 11
+    case.logits[:, 3, 11] = -torch.inf
+    case.logits[:, 4] = 1e4 * torch.sign(case.logits[:, 4])
+    return case

@@ -11,7 +11,6 @@ import torch
 from logit_support import make
 
 import gac_kernels as gk
-from gac_kernels.library import has_triton
 
 OBJECTIVE = gk.HybridObjective(gk.SAPO("sigmoid", 2.0, 3.0), kl_coef=0.1, entropy_coef=0.01)
 COUNTS = gk.Denominators(policy=1.0, supervised=1.0)  # else a row's weight depends on how many there are
@@ -25,17 +24,6 @@ PER_SEQUENCE = (
     "rollout_weights",
     "groups",
 )
-
-
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request):
-    """Triton in its interpreter where there is no GPU; on one the tests marked gpu have it."""
-    if request.param == "cpu" and not gk.backends()["cpu"].startswith("cpu:"):
-        pytest.skip("this install has no compiled module")
-    if request.param == "triton" and (not has_triton or torch.cuda.is_available()):
-        pytest.skip("tensors on a CPU need Triton and its interpreter")
-    with gk.use_backend(request.param):
-        yield request.param
 
 
 def results(case, rows=slice(None)):
@@ -74,16 +62,16 @@ def a_case(backend, dtype=torch.float32):
 
 @pytest.mark.parametrize("function", [results, from_logprobs], ids=["logits", "logprobs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_alone_has_the_bits_that_it_has_in_a_batch(backend, function, dtype):
-    case = a_case(backend, dtype)
+def test_a_row_alone_has_the_bits_that_it_has_in_a_batch(every_backend, function, dtype):
+    case = a_case(every_backend, dtype)
     whole = function(case)
     for rows in ([0], [1], [2], [3], [3, 1], [2, 0, 3, 1]):
         assert same(function(case, rows), [value[rows] for value in whole]), rows
 
 
-def test_the_same_call_beside_other_work(backend):
+def test_the_same_call_beside_other_work(every_backend):
     """Two threads that keep the cores and the allocator busy do not change a bit."""
-    case, stop = a_case(backend), threading.Event()
+    case, stop = a_case(every_backend), threading.Event()
     want = results(case)
 
     def work():
@@ -94,7 +82,7 @@ def test_the_same_call_beside_other_work(backend):
     for other in others:
         other.start()
     try:
-        for _ in range(3 if backend == "triton" else 60):
+        for _ in range(3 if every_backend == "triton" else 60):
             assert same(results(case), want)
     finally:
         stop.set()
@@ -102,8 +90,8 @@ def test_the_same_call_beside_other_work(backend):
             other.join()
 
 
-def test_one_and_two_threads(backend):
-    case, before, seen = a_case(backend), torch.get_num_threads(), []
+def test_one_and_two_threads(every_backend):
+    case, before, seen = a_case(every_backend), torch.get_num_threads(), []
     try:
         for count in (1, 2, 1):
             torch.set_num_threads(count)

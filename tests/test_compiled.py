@@ -17,7 +17,6 @@ from token_loss_arguments import (
     LENGTHS,
     LOGPROBS,
     MASK,
-    MU,
     NAMES,
     OLD,
     REF,
@@ -25,6 +24,7 @@ from token_loss_arguments import (
     SEQ_LEN,
     SUM_SQ,
     TOKEN_ARGUMENTS,
+    WRONG_ARGUMENTS,
     arguments,
     check,
     compiled,
@@ -188,23 +188,7 @@ def test_many_groups():
     torch.testing.assert_close(compiled(*args)[2][:, signals.CR], want, rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("position", "value", "message"),
-    [
-        (LOGPROBS, torch.zeros(10, dtype=torch.float16), "logprobs must have dtype float32 or float64"),
-        (MASK, torch.ones(9, dtype=torch.bool), "mask must have 10 elements, got 9"),
-        (MASK, torch.ones(10), "mask must have dtype bool"),
-        (CU_SEQLENS, torch.tensor([0, 10]), "cu_seqlens must have 3 elements, got 2"),
-        (CU_SEQLENS, torch.tensor([0, 5, 10], dtype=torch.int32), "cu_seqlens must have dtype int64"),
-        (IS_EXPERT, torch.zeros(2), "is_expert must have dtype bool"),
-        (ADVANTAGES, torch.zeros(3), "advantages must have 2 elements, got 3"),
-        (OLD, torch.zeros(10, dtype=torch.float64), "old_logprobs must have dtype float32"),
-        (REF, torch.zeros(20)[::2], "ref_logprobs must be contiguous"),
-        (MU, torch.zeros(2), "mu must have 1 elements, got 2"),
-        (17, 8, r"policy must be in \[0, 7\], got 8"),
-        (17, 7, "groups must be given for DFPO"),
-    ],
-)
+@pytest.mark.parametrize(("position", "value", "message"), WRONG_ARGUMENTS)
 def test_arguments_are_checked_by_name(position, value, message):
     args = arguments(gk.HybridObjective(), lengths=(4, 6))
     args[GROUPS] = None

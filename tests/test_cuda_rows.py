@@ -8,13 +8,11 @@ import math
 import cuda_emulation
 import pytest
 import torch
-from logit_support import DTYPES, TRANSFORMS, LogitCase, check, check_gradient, check_rows, make, run
+from logit_support import DTYPES, ROW_POLICIES, TRANSFORMS, LogitCase, check, check_gradient, check_rows, make, run
 from rows_arguments import PLAIN, RowCase, bits, check_conversions, op
 
 import gac_kernels as gk
 from gac_kernels.objectives import AGGREGATIONS
-
-POLICIES = [*(gk.SAPO(g) for g in ("sigmoid", "erf", "arctan", "softsign")), gk.GRPO(delta=1.5), gk.CISPO(), gk.GSPO()]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +26,7 @@ def small(**options):
     return make((2, 0, 1), (False, True, True), V=options.pop("V", 37), **options)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{type(p).__name__}-{getattr(p, 'gate', '')}")
+@pytest.mark.parametrize("policy", ROW_POLICIES, ids=lambda p: f"{type(p).__name__}-{getattr(p, 'gate', '')}")
 def test_objectives(policy):
     objective = gk.HybridObjective(policy, kl_coef=0.1, entropy_coef=0.05, kl_ratio_weighted=True)
     check(small(dtype=torch.float64), objective)

@@ -27,6 +27,7 @@ from token_loss_arguments import (
     SUM_SQ,
     SUPERVISED,
     TOKEN_ARGUMENTS,
+    WRONG_ARGUMENTS,
     arguments,
     check,
     errors,
@@ -236,21 +237,7 @@ def test_many_groups():
         check(args, emulated)
 
 
-@pytest.mark.parametrize(
-    ("position", "value", "message"),
-    [
-        (LOGPROBS, torch.zeros(10, dtype=torch.float16), "logprobs must have dtype float32 or float64"),
-        (MASK, torch.ones(9, dtype=torch.bool), "mask must have 10 elements, got 9"),
-        (MASK, torch.ones(10), "mask must have dtype bool"),
-        (CU_SEQLENS, torch.tensor([0, 10]), "cu_seqlens must have 3 elements, got 2"),
-        (IS_EXPERT, torch.zeros(2), "is_expert must have dtype bool"),
-        (OLD, torch.zeros(10, dtype=torch.float64), "old_logprobs must have dtype float32"),
-        (REF, torch.zeros(20)[::2], "ref_logprobs must be contiguous"),
-        (MU, torch.zeros(2), "mu must have 1 elements, got 2"),
-        (17, 8, r"policy must be in \[0, 7\], got 8"),
-        (17, 7, "groups must be given for DFPO"),
-    ],
-)
+@pytest.mark.parametrize(("position", "value", "message"), WRONG_ARGUMENTS)
 def test_arguments_are_checked_by_name(position, value, message):
     args = arguments(gk.HybridObjective(), lengths=(4, 6))
     args[GROUPS] = None

@@ -10,17 +10,6 @@ from support import POLICIES, policy_name
 
 import gac_kernels as gk
 from gac_kernels import controller_schema, library
-from gac_kernels.library import has_triton
-
-
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request):
-    if request.param == "cpu" and not gk.backends()["cpu"].startswith("cpu:"):
-        pytest.skip("this install has no compiled module")
-    if request.param == "triton" and (not has_triton or torch.cuda.is_available()):
-        pytest.skip("tensors on a CPU need Triton and its interpreter")
-    with gk.use_backend(request.param):
-        yield request.param
 
 
 def a_batch(**changes) -> gk.TokenBatch:
@@ -42,7 +31,7 @@ def gradient(batch, objective, mu=0.5, logprobs=None):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=policy_name)
-def test_an_advantage_of_zero_gives_exactly_nothing(backend, policy):
+def test_an_advantage_of_zero_gives_exactly_nothing(every_backend, policy):
     """Not the small number that a gate's own value leaves: no loss, no slope, and the same bits of its neighbours."""
     objective = gk.HybridObjective(policy, aggregation="seq-mean-token-mean")
     out, grad = gradient(a_batch(advantages=torch.zeros(3)), objective, mu=0.0)
@@ -53,7 +42,7 @@ def test_an_advantage_of_zero_gives_exactly_nothing(backend, policy):
         assert not grad[0].any() and grad[1].all()
 
 
-def test_phi_is_a_weight_and_has_no_gradient(backend):
+def test_phi_is_a_weight_and_has_no_gradient(every_backend):
     """d/dlogp of -phi logp is -phi with phi = p (1 - p) held fixed; its own derivative would add to it."""
     logprobs = torch.log(torch.tensor([0.9, 0.5, 0.1, 0.001])).expand(3, 4).clone()
     p = logprobs[2].exp().double()
@@ -62,7 +51,7 @@ def test_phi_is_a_weight_and_has_no_gradient(backend):
     assert not grad[:2].any()
 
 
-def test_a_packed_sequence_does_not_see_the_next(backend):
+def test_a_packed_sequence_does_not_see_the_next(every_backend):
     """Whatever the sequences around it hold, nan included: the bits of its results stay."""
     generator = torch.Generator().manual_seed(0)
     V, cu = 33, torch.tensor([0, 5, 11, 15])
@@ -90,9 +79,9 @@ def test_a_packed_sequence_does_not_see_the_next(backend):
         assert all(a.equal(b) for a, b in zip(got, want, strict=True))
 
 
-def test_the_controllers_operator_refreshes_by_the_count_in_its_state(backend):
+def test_the_controllers_operator_refreshes_by_the_count_in_its_state(every_backend):
     """As a replayed CUDA graph needs it: the host does not say which step it is."""
-    if backend == "triton":
+    if every_backend == "triton":
         pytest.skip("Triton has no such operator")
     controller = gk.GuidedAdaptiveController(gk.ControllerConfig(update_every=3))
     seen = controller._seen(gk.Signals(torch.rand(6, 12, generator=torch.Generator().manual_seed(0)) + 0.5), None)

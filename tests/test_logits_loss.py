@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from logit_support import DTYPES, TRANSFORMS, LogitCase, check, check_gradient, make, run
+from logit_support import DTYPES, TRANSFORMS, LogitCase, check, check_gradient, make, run, with_infinities
 from support import POLICIES, policy_name
 
 import gac_kernels as gk
@@ -97,16 +97,7 @@ def test_strides(layout, inplace):
 def test_infinities():
     """One -inf logit, all but one, a first tile of them, a -inf target: what float64 gives, gradients finite."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        case = make((6, 6), (False, True), V=5000, dtype=dtype, holes=False, poison=False, rollout=False)
-        case.logits[:, 0, 7] = -math.inf
-        case.logits[:, 1, :4500] = -math.inf
-        case.batch.targets[:, 1] = 4700
-        case.logits[:, 2] = -math.inf
-        case.logits[:, 2, 3] = 2.0
-        case.batch.targets[:, 2] = 3
-        case.batch.targets[:, 3] = 11
-        case.logits[:, 3, 11] = -math.inf
-        case.logits[:, 4] = 1e4 * torch.sign(case.logits[:, 4])
+        case = with_infinities(6, dtype)
         for objective in (gk.HybridObjective(), gk.HybridObjective(gk.GRPO(), gk.NLL("none"), entropy_coef=0.1)):
             want, _ = case.double().oracle(objective, 0.3)
             got, gradient = run(gk.hybrid_loss_from_logits, case, objective, 0.3)

@@ -67,7 +67,7 @@ def test_the_development_lock_has_all_that_the_extra_asks_for():
 
 def test_the_lock_reader_notices(tmp_path):
     path = tmp_path / "bad.lock"
-    for entry in ("six\n", "six==1.0\n", "--index-url x\n", "six==1.0 \\\n    --hash=sha256:12\n",
+    for entry in ("six\n", "six==1.0\n", "-r other.txt\n", "six==1.0 \\\n    --hash=sha256:12\n",
                   f"six==1.0 \\\n    --hash=sha256:{'0' * 64} --no-binary\n"):  # fmt: skip
         path.write_text(entry)
         with pytest.raises(AssertionError):

@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 import triton_watch
-from logit_support import DTYPES, TRANSFORMS, LogitCase, check, check_gradient, check_rows, make, run
+from logit_support import (
+    DTYPES,
+    ROW_POLICIES,
+    TRANSFORMS,
+    LogitCase,
+    check,
+    check_gradient,
+    check_rows,
+    make,
+    run,
+    with_infinities,
+)
 from rows_arguments import RowCase, op
 from triton_support import DEVICE, interpreted_only
 
@@ -16,7 +27,6 @@ from gac_kernels import library, reference, schemas
 from gac_kernels.objectives import AGGREGATIONS
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU tests/test_gpu.py runs these kernels")
-POLICIES = [*(gk.SAPO(g) for g in ("sigmoid", "erf", "arctan", "softsign")), gk.GRPO(delta=1.5), gk.CISPO(), gk.GSPO()]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +39,7 @@ def small(**options):
     return make((3, 0, 2), (False, True, True), V=options.pop("V", 37), **options)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{type(p).__name__}-{getattr(p, 'gate', '')}")
+@pytest.mark.parametrize("policy", ROW_POLICIES, ids=lambda p: f"{type(p).__name__}-{getattr(p, 'gate', '')}")
 def test_objectives(policy):
     objective = gk.HybridObjective(policy, kl_coef=0.1, entropy_coef=0.05, kl_ratio_weighted=True)
     check(small(dtype=torch.float64), objective)
@@ -87,16 +97,7 @@ def test_strides(layout):
 
 def test_infinities():
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        case = make((5, 5), (False, True), V=5000, dtype=dtype, holes=False, poison=False, rollout=False)
-        case.logits[:, 0, 7] = -math.inf
-        case.logits[:, 1, :4500] = -math.inf
-        case.batch.targets[:, 1] = 4700
-        case.logits[:, 2] = -math.inf
-        case.logits[:, 2, 3] = 2.0
-        case.batch.targets[:, 2] = 3
-        case.batch.targets[:, 3] = 11
-        case.logits[:, 3, 11] = -math.inf
-        case.logits[:, 4] = 1e4 * torch.sign(case.logits[:, 4])
+        case = with_infinities(5, dtype)
         want, _ = case.double().oracle(gk.HybridObjective(), 0.3)
         got, gradient = run(gk.hybrid_loss_from_logits, case, gk.HybridObjective(), 0.3)
         bound = {"rtol": 1e-5, "atol": 1e-5}

@@ -97,6 +97,23 @@ def check(args: list, operator=compiled) -> None:
     assert not too_large, f"errors above {bound}: {too_large}"
 
 
+# Arguments of 4 and 6 tokens that do not fit: place, value and what the error says.
+WRONG_ARGUMENTS = [
+    (LOGPROBS, torch.zeros(10, dtype=torch.float16), "logprobs must have dtype float32 or float64"),
+    (MASK, torch.ones(9, dtype=torch.bool), "mask must have 10 elements, got 9"),
+    (MASK, torch.ones(10), "mask must have dtype bool"),
+    (CU_SEQLENS, torch.tensor([0, 10]), "cu_seqlens must have 3 elements, got 2"),
+    (CU_SEQLENS, torch.tensor([0, 5, 10], dtype=torch.int32), "cu_seqlens must have dtype int64"),
+    (IS_EXPERT, torch.zeros(2), "is_expert must have dtype bool"),
+    (ADVANTAGES, torch.zeros(3), "advantages must have 2 elements, got 3"),
+    (OLD, torch.zeros(10, dtype=torch.float64), "old_logprobs must have dtype float32"),
+    (REF, torch.zeros(20)[::2], "ref_logprobs must be contiguous"),
+    (MU, torch.zeros(2), "mu must have 1 elements, got 2"),
+    (17, 8, r"policy must be in \[0, 7\], got 8"),
+    (17, 7, "groups must be given for DFPO"),
+]
+
+
 def ulps() -> dict[str, float]:
     """Errors in float32 ulp of r f'(r), of 1 - e^d and of phi, one token a sequence. The log-ratios are multiples of
     1/1024, so that subtracting is exact; beyond these ranges the functions amplify the rounding of their arguments."""
