@@ -247,6 +247,9 @@ def test_train_and_resume(tmp_path, capsys):
     assert "already" in error_line(capsys, *args)
     assert main([str(arg) for arg in (*args, "--resume")]) == 0  # nothing is left to do
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found | {"seconds": pytest.approx(found["seconds"])}
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*")) / "manifest.json"
+    newest.write_text(newest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    assert "written by a newer gac_kernels" in error_line(capsys, *args, "--resume")
 
 
 @pytest.mark.parametrize(

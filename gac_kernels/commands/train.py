@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     from ..train import TrainConfig, train
     from ..train._extras import require
+    from ..train.checkpoint import CheckpointError
     from .devices import pick_device
 
     require("transformers", package="transformers", purpose="gac-kernels train")
@@ -94,7 +95,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         fsdp=args.fsdp,
         **given,
     )
-    result = train(config, resume=args.resume)
+    try:
+        result = train(config, resume=args.resume)
+    except CheckpointError as error:  # of what --output names
+        raise ValueError(str(error)) from error
     if int(os.environ.get("RANK", "0")) != 0:  # one voice under torchrun
         return 0
     rows = [

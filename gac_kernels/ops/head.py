@@ -100,6 +100,9 @@ def base_of(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """``base_logits, base_hidden, base_weight, base_bias`` as the operators take them."""
     if gift is None:
+        for name, value in (("base_hidden", hidden), ("base_weight", weight), ("base_bias", bias)):
+            if value is not None:
+                raise ValueError(f"{name} must be None unless objective.supervised is GIFT, which alone reads it")
         return None, None, None, None
     if head.shard is not None:
         raise ValueError("tp_group is not supported with objective.supervised = GIFT")

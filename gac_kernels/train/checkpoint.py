@@ -39,7 +39,7 @@ _HASH_CHUNK_BYTES = 1 << 22
 
 
 class CheckpointError(RuntimeError):
-    """Checkpoints are there, but none of them can be used."""
+    """Checkpoints are there, but none of them can be used, or one was written by a newer version of this package."""
 
 
 class _DamageError(Exception):
@@ -84,6 +84,7 @@ def save_checkpoint(
     Raises:
         TypeError: an entry of `tensors` or `state` cannot be stored; names the entry.
         ValueError: `step` or `keep` is out of range, or an intact checkpoint of a later step is there already.
+        CheckpointError: one of a later step is there that a newer version of this package wrote.
         OSError: writing failed (disk full, ...); the earlier checkpoints are untouched.
     """
     check_count("step", step, 0)
@@ -124,7 +125,8 @@ def load_checkpoint(directory: Path) -> Checkpoint | None:
         The checkpoint, all tensors on the CPU, or None if there is none.
 
     Raises:
-        CheckpointError: there are checkpoints and every one is damaged; lists each with its reason.
+        CheckpointError: there are checkpoints and every one is damaged, with the reason of each; or the newest that
+            is not was written by a newer version of this package, which is not passed over in favour of an older one.
     """
     damages: list[str] = []
     for _, path in _checkpoints(Path(directory)):
@@ -259,7 +261,13 @@ def _verify(path: Path) -> int:
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_bytes())
-        version, step, entries = manifest["format_version"], manifest["step"], manifest["files"]
+        version = manifest["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{file}: format version {version}, written by a newer gac_kernels; this one reads {FORMAT_VERSION}: "
+                "update it, or move that checkpoint away to go on without"
+            )
+        step, entries = manifest["step"], manifest["files"]
         expected = {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in (WEIGHTS, STATE)}
         if version != FORMAT_VERSION:
             raise _DamageError(f"{file}: format version {version!r}, this code reads {FORMAT_VERSION}")
