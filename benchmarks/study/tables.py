@@ -172,47 +172,30 @@ def _against(arms: Arms) -> str:
 
 
 def _gates(arms: Arms, size: dict[str, Any]) -> str:
-    header = [
-        "gate (tau_pos, tau_neg)",
-        "accuracy, %",
-        "gain, points",
-        f"minus {next(iter(arms))}",
-        "effective update ratio",
-        "entropy of rollouts",
-        "KL-drift area",
-    ]
-    rows = [
-        [
-            arm, cell(runs, accuracy, 100, 1), cell(runs, gain, 100, 1), _minus_first(arms, runs),
-            cell(runs, lambda r: off_policy(r, "effective_update_ratio", size["updates"]), 1, 3),
-            cell(runs, lambda r: tail(r, "entropy"), 1, 3), cell(runs, kl_area, 1, 1),
-        ]
-        for arm, runs in arms.items()
-    ]  # fmt: skip
-    text = _objectives(arms, size, "ratio")
-    return f"## Gates\n\n{text}\n\n{markdown(header, rows)}"
+    measured = "effective update ratio", lambda r: off_policy(r, "effective_update_ratio", size["updates"])
+    return f"## Gates\n\n{_objectives(arms, size, 'ratio')}\n\n{_policies(arms, 'gate (tau_pos, tau_neg)', *measured)}"
 
 
 def _transforms(arms: Arms, size: dict[str, Any]) -> str:
+    measured = "cancellation residual", lambda r: off_policy(r, "residual", size["updates"])
+    text = _objectives(arms, size, "residual")
+    return f"## DFPO against GSPO and GRPO\n\n{text}\n\n{_policies(arms, 'objective', *measured)}"
+
+
+def _policies(arms: Arms, kind: str, measure: str, measured: Callable[[Run], float]) -> str:
+    """A row for each policy term, with one measurement of its own."""
     header = [
-        "objective",
-        "accuracy, %",
-        "gain, points",
-        f"minus {next(iter(arms))}",
-        "cancellation residual",
-        "entropy of rollouts",
+        kind, "accuracy, %", "gain, points", f"minus {next(iter(arms))}", measure, "entropy of rollouts",
         "KL-drift area",
-    ]
+    ]  # fmt: skip
     rows = [
         [
             arm, cell(runs, accuracy, 100, 1), cell(runs, gain, 100, 1), _minus_first(arms, runs),
-            cell(runs, lambda r: off_policy(r, "residual", size["updates"]), 1, 3),
-            cell(runs, lambda r: tail(r, "entropy"), 1, 3), cell(runs, kl_area, 1, 1),
+            cell(runs, measured, 1, 3), cell(runs, lambda r: tail(r, "entropy"), 1, 3), cell(runs, kl_area, 1, 1),
         ]
         for arm, runs in arms.items()
     ]  # fmt: skip
-    text = _objectives(arms, size, "residual")
-    return f"## DFPO against GSPO and GRPO\n\n{text}\n\n{markdown(header, rows)}"
+    return markdown(header, rows)
 
 
 def _objectives(arms: Arms, size: dict[str, Any], value: str) -> str:

@@ -41,28 +41,28 @@ GAC_DEVICE char* shared_memory() {
 GAC_DEVICE void barrier() { __syncthreads(); }
 GAC_DEVICE void warp_barrier() { __syncwarp(); }
 
-// The value of the lane whose number differs in the bits `by`; all 32 lanes take part. T: any type of whole words.
-template <class T>
-GAC_DEVICE T shuffle_xor(T value, int by) {
+// exchange(word) for each word of a value. T: any type of whole words.
+template <class T, class F>
+GAC_DEVICE T word_by_word(T value, const F& exchange) {
     static_assert(sizeof(T) % 4 == 0);
     int word[sizeof(T) / 4];
     memcpy(word, &value, sizeof(T));
 #pragma unroll
-    for (int& each : word) each = __shfl_xor_sync(0xffffffffu, each, by);
+    for (int& each : word) each = exchange(each);
     memcpy(&value, word, sizeof(T));
     return value;
+}
+
+// The value of the lane whose number differs in the bits `by`; all 32 lanes take part.
+template <class T>
+GAC_DEVICE T shuffle_xor(T value, int by) {
+    return word_by_word(value, [=](int word) { return __shfl_xor_sync(0xffffffffu, word, by); });
 }
 
 // The value of lane `from`.
 template <class T>
 GAC_DEVICE T shuffle(T value, int from) {
-    static_assert(sizeof(T) % 4 == 0);
-    int word[sizeof(T) / 4];
-    memcpy(word, &value, sizeof(T));
-#pragma unroll
-    for (int& each : word) each = __shfl_sync(0xffffffffu, each, from);
-    memcpy(&value, word, sizeof(T));
-    return value;
+    return word_by_word(value, [=](int word) { return __shfl_sync(0xffffffffu, word, from); });
 }
 
 // Clusters: from sm_90 on; before, every block is a cluster of its own.

@@ -5,35 +5,24 @@
 
 namespace gac::cuda {
 
-struct FloatElements {
-    using Stored = float;
-    using Sum = float;
-    static constexpr int Width = 4;  // elements in 16 bytes
+// Elements that are what is computed with.
+template <class T>
+struct WholeElements {
+    using Stored = T;
+    using Sum = T;
+    static constexpr int Width = 16 / sizeof(T);  // elements in 16 bytes
 
-    static GAC_DEVICE void widen(Bytes16 v, float (&x)[Width]) { memcpy(x, &v, 16); }
-    static GAC_DEVICE Bytes16 narrow(const float (&x)[Width]) {
+    static GAC_DEVICE void widen(Bytes16 v, T (&x)[Width]) { memcpy(x, &v, 16); }
+    static GAC_DEVICE Bytes16 narrow(const T (&x)[Width]) {
         Bytes16 v;
         memcpy(&v, x, 16);
         return v;
     }
-    static GAC_DEVICE float widen(Stored x) { return x; }
-    static GAC_DEVICE Stored narrow(float x) { return x; }
+    static GAC_DEVICE T widen(Stored x) { return x; }
+    static GAC_DEVICE Stored narrow(T x) { return x; }
 };
-
-struct DoubleElements {
-    using Stored = double;
-    using Sum = double;
-    static constexpr int Width = 2;
-
-    static GAC_DEVICE void widen(Bytes16 v, double (&x)[Width]) { memcpy(x, &v, 16); }
-    static GAC_DEVICE Bytes16 narrow(const double (&x)[Width]) {
-        Bytes16 v;
-        memcpy(&v, x, 16);
-        return v;
-    }
-    static GAC_DEVICE double widen(Stored x) { return x; }
-    static GAC_DEVICE Stored narrow(double x) { return x; }
-};
+using FloatElements = WholeElements<float>;
+using DoubleElements = WholeElements<double>;
 
 GAC_DEVICE float float_of_bits(uint32_t bits) {
     float x;
