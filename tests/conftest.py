@@ -8,8 +8,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make runs several times slower beside other work
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run, so that a change is judged by its own faults. Others: --hypothesis-profile=random.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.register_profile("random", derandomize=False, print_blob=True)
+hypothesis.settings.load_profile("repeatable")
 
 if not torch.cuda.is_available():
     # Read when triton is first imported: its kernels' tests run in its interpreter.

@@ -104,6 +104,8 @@ def test_a_sequence_longer_than_65535():
 )
 @hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_random_batches(lengths, seed, policy, spread, mu, layout, dtype):
+    if policy == gk.DFPO("adv_orthogonal", "product"):
+        spread = min(spread, 1.0)  # e^20 - (e^20 - e^-20) leaves nothing but rounding
     case = Case(lengths, [(seed >> i) & 1 == 1 for i in range(len(lengths))], seed=seed, spread=spread, dtype=dtype)
     check(case, gk.HybridObjective(policy, kl_coef=0.1), mu, layout)
 

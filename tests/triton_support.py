@@ -13,6 +13,7 @@ from support import Case
 from torch import Tensor
 
 import gac_kernels as gk
+from gac_kernels import signals
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -25,7 +26,7 @@ interpreted_only = pytest.mark.skipif(DEVICE != "cpu", reason="looks into Triton
 
 
 # Comparing -------------------------------------------------------------------------------------------------------
-def within(name: str, got: Tensor, want: Tensor, *, ulps: float = 4, floor: float = 1e-6) -> None:
+def within(name: str, got: Tensor, want: Tensor, *, ulps: float = 4, floor: float | Tensor = 1e-6) -> None:
     """float32: within ``ulps`` units in the last place of ``want`` (float64) plus ``floor``; float64: 1e-11 of both."""
     got, want = got.detach().cpu(), want.detach().double().reshape(got.shape)
     if got.dtype == torch.float64:
@@ -39,6 +40,24 @@ def within(name: str, got: Tensor, want: Tensor, *, ulps: float = 4, floor: floa
         raise AssertionError(
             f"{name}: {int(wrong.sum())} of {wrong.numel()} off; at {at} {got[at]!r}, expected {want[at]!r}"
         )
+
+
+def check_signals(got: Tensor, want: Tensor) -> None:
+    """Columns of :class:`gk.Signals` rows, each from terms within 4 ulp. A square has twice the relative error of its
+    root; a sum of terms of both signs has the error of its terms; the norm ``n = 1 - 2 p + sum p^2`` that of 1."""
+    want = want.reshape(got.shape)
+    own2 = torch.where(want[:, signals.EXPERT] > 0, want[:, signals.CS2], want[:, signals.CR2])
+    squares = signals.DISAGREEMENT, signals.CS2, signals.CR2, signals.CSCR, signals.OWN_NORM, signals.DIFF_NORM
+    sizes = {  # of the terms, where it is not that of their sum
+        signals.CR: (want[:, signals.TOKENS] * want[:, signals.CR2]).sqrt(),
+        signals.CSCR: (want[:, signals.CS2] * want[:, signals.CR2]).sqrt(),
+        signals.OWN_NORM: own2 / 4,
+        signals.DIFF_NORM: want[:, signals.DISAGREEMENT] / 4,
+    }
+    for column in range(got.shape[1]):
+        ulps = 8 if column in squares else 4
+        floor = 1e-6 + ulps * 2.0**-23 * sizes.get(column, torch.zeros_like(own2))
+        within(f"rows, {signals.SIGNAL_COLUMNS[column]}", got[:, column], want[:, column], ulps=ulps, floor=floor)
 
 
 def convert(batch: gk.TokenBatch, dtype: torch.dtype | None, device: str) -> gk.TokenBatch:
@@ -59,6 +78,7 @@ def check(
     if layout == "packed" and objective.norm_length is None:
         objective = replace(objective, norm_length=float(case.T))
     batch, extra = getattr(case, layout)()
+    mu = float(torch.tensor(mu, dtype=case.dtype))  # 1 - mu, for mu near 1, makes much of its rounding
     given = None if denominators is None else gk.Denominators(*denominators)
 
     def run(batch, dtype, device, loss):
@@ -76,7 +96,7 @@ def check(
         out, grads = run(batch, case.dtype, DEVICE, gk.hybrid_loss)
     for name in ("loss", "policy_loss", "supervised_loss", "kl", "entropy"):
         within(name, getattr(out, name), getattr(want, name))
-    within("rows", out.signals.rows, want.signals.rows)
+    check_signals(out.signals.rows, want.signals.rows)
     assert out.metrics.keys() == want.metrics.keys()
     for name, value in out.metrics.items():
         within(name, value, want.metrics[name])

@@ -73,7 +73,7 @@ def test_one_flipped_bit_means_the_previous_checkpoint(tmp_path: Path, file: str
 def test_no_flipped_bit_of_the_manifest_changes_what_is_loaded(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2) / "manifest.json"
-    detected = 0
+    detected = refused = newer = 0
     total = 8 * path.stat().st_size
     bits_tried = range(0, total, 15)  # each of the eight bits of a byte in turn
     for bit in bits_tried:
@@ -82,17 +82,17 @@ def test_no_flipped_bit_of_the_manifest_changes_what_is_loaded(tmp_path: Path) -
             warnings.simplefilter("always")
             try:
                 found = load_checkpoint(tmp_path)
-            except CheckpointError as error:  # a later digit in place of the 1
-                assert '"format_version": 1,' not in path.read_text() and "written by a newer" in str(error)
-                flip_bit(path, bit)
-                detected += 1
-                continue
-        assert found is not None
-        assert found.step == (1 if record else 2)
-        assert torch.equal(found.tensors["w"], torch.arange(6.0) + found.step)
-        detected += bool(record)
+            except CheckpointError as error:
+                found, refusal = None, str(error)
+        if found is None:  # a later digit in place of the 1
+            refused += 1
+            newer += "written by a newer" in refusal
+        else:
+            assert found.step == (1 if record else 2)
+            assert torch.equal(found.tensors["w"], torch.arange(6.0) + found.step)
+        detected += bool(record) or found is None
         flip_bit(path, bit)
-    assert detected > 0.8 * len(bits_tried)
+    assert detected > 0.8 * len(bits_tried) and refused == newer <= 3
 
 
 def test_a_manifest_of_another_format_or_step_is_not_believed(tmp_path: Path) -> None:
