@@ -64,7 +64,7 @@ def without_extension(why: str) -> None:
         f"gac_kernels is installed WITHOUT its compiled CPU kernels: {why}.",
         "It works, but losses on the CPU run in eager PyTorch, many times slower. To get the kernels, install",
         "torch >= 2.10 and a C++17 compiler (g++ or clang++) first; then, with GAC_KERNELS_REQUIRE_EXT=1 set,",
-        "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps gac-kernels",
+        "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .",
     )
 
 

@@ -1,6 +1,6 @@
 """The hybrid loss and its controller in a bare PyTorch loop: torch and this package, a CPU, half a minute.
 
-    pip install gac-kernels
+    pip install .
     python examples/bare_pytorch.py
 
 The task is to write a word backwards. Every second prompt has a demonstration; four rollouts a prompt are rewarded by

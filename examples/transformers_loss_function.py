@@ -1,6 +1,6 @@
 """``model.loss_function`` of transformers replaced by ours: a tiny model on a CPU, in half a minute, nothing fetched.
 
-    pip install 'gac-kernels[train]' accelerate
+    pip install '.[train]' accelerate
     python examples/transformers_loss_function.py
 
 The task is to write a word backwards. The same model learns it with transformers' own loss, with ours that equals it,

@@ -1,6 +1,6 @@
 """Trinity-RFT's own policy loss callable with ours inside: on a CPU, nothing fetched, no trainer started.
 
-    pip install 'gac-kernels[trinity]'
+    pip install '.[trinity]'
     python examples/trinity_policy_loss.py
 
 What a run's configuration file needs:

@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer with demonstrations mixed in by GAC: a tiny model on a CPU, in under a minute, nothing fetched.
 
-    pip install 'gac-kernels[train,trl]'
+    pip install '.[train,trl]'
     python examples/trl_hybrid.py
 
 The task is to write a word backwards. Every second prompt has a demonstration, and the reward is the share of right

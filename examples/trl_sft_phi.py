@@ -1,6 +1,6 @@
 """TRL's SFTTrainer with NLL-phi in place of its loss: a tiny model on a CPU, in under half a minute, nothing fetched.
 
-    pip install 'gac-kernels[train,trl]'
+    pip install '.[train,trl]'
     python examples/trl_sft_phi.py
 
 The task is to write a word backwards. One model that has learnt some of it goes on for as many steps with plain NLL,

@@ -1,6 +1,6 @@
 """verl's ``ppo_loss`` with one of our objectives, then our hybrid loss in its place: on a CPU, nothing fetched.
 
-    pip install 'gac-kernels[train,verl]'
+    pip install '.[train,verl]'
     VERL_USE_EXTERNAL_MODULES=gac_kernels.integrations.verl python examples/verl_losses.py
 
 (The variable is for a package that runs from its sources: an installed one verl finds by its entry point.)
