@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Plain `torch` brings several GB of CUDA packages. Override to keep or pick a build: make TORCH=torch demo
 TORCH ?= torch==2.13.0
+# Test processes side by side.
+JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp)
@@ -25,7 +27,7 @@ demo: $(STAMP)
 	$(BIN)/gac-kernels bench --kernel hidden --shape 4096x8000 --seconds 2 --providers eager --backend cpu
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile  # whole files, whose fixtures compile kernels and start processes
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile  # whole files, whose fixtures compile kernels and start processes
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

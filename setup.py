@@ -45,7 +45,12 @@ UNIT_FLAGS = {
 # fmad: what the kernels do not write as one stays two roundings, as on the CPU. A spilled register is an error.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--threads=2", "-Werror", "all-warnings",
               "-Xptxas", "-warn-spills,-Werror", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]  # fmt: skip
-SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr"]
+# Without the checks that AddressSanitizer makes too, and with its own as calls: less than half the time to compile.
+SANITIZERS = [
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize=vptr,null,object-size,pointer-overflow",
+]
+SANITIZER_FLAGS = ["-O1", "-fno-omit-frame-pointer", "-g1", "--param=asan-instrumentation-with-call-threshold=0"]
 
 
 def enabled(name: str) -> bool:
@@ -175,7 +180,7 @@ def extensions() -> list[Extension]:
     torch = find_torch()
     if torch is None:
         return without_extension("the headers of torch >= 2.10 were not found in this environment") or []
-    sanitize = [*SANITIZERS, "-O1", "-fno-omit-frame-pointer", "-g1"] if enabled("GAC_KERNELS_SANITIZE") else []
+    sanitize = [*SANITIZERS, *SANITIZER_FLAGS] if enabled("GAC_KERNELS_SANITIZE") else []
     common = {
         "define_macros": [
             ("TORCH_TARGET_VERSION", "0x020a000000000000"),
