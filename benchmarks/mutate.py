@@ -141,8 +141,8 @@ MUTATIONS = {
         ("tests/test_triton_rows.py", "-k", "vocabulary_sizes"), 1,
     ),
     "a mask that multiplies": Mutation(
-        f"{REFERENCE}/logits.py", "torch.where(live[..., None], logits.to(dtype), 0.0)",
-        "logits.to(dtype) * live[..., None]", ("tests/test_logits_reference.py", "-k", "selected_before"), 2,
+        f"{REFERENCE}/terms.py", "return torch.where(policy_N, value.reshape(-1).to(dtype), 0.0)",
+        "return value.reshape(-1).to(dtype) * policy_N", LOSS, 2,
     ),
     "every rank divides by its own tokens": Mutation(
         "gac_kernels/train/loop.py",
@@ -200,8 +200,8 @@ MUTATIONS = {
         ("tests/test_token_loss.py", "-k", "reference and (aggregations or dead_rows)"), 15,
     ),
     "the head's gradient is summed in 16 bits": Mutation(
-        "gac_kernels/products.py", "torch.mm(a.float(), b.float(), out=total)",
-        "total.copy_(torch.mm(a.float(), b.float()).to(self.head.weight.dtype))",
+        "gac_kernels/products.py", "total.addmm_(a.float(), b.float())",
+        "total.copy_(total.addmm(a.float(), b.float()).to(self.head.weight.dtype))",
         ("tests/test_hidden_loss.py", "-k", "number_of_chunks"), 16,
     ),
     "autocast reaches the products": Mutation(

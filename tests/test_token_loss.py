@@ -88,6 +88,15 @@ def test_kl(backend, estimator, weighted):
         compare(Case(LENGTHS, EXPERT, seed=3), objective, 0.4, "padded")
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_beyond_its_clamp(backend, estimator):
+    """Log-ratios to the reference of up to 60: finite values, and no slope beyond 20."""
+    objective = gk.HybridObjective(gk.GRPO(), kl_coef=0.3, kl_estimator=estimator)
+    case = Case(LENGTHS, EXPERT, seed=3, spread=60.0)
+    assert (case.ref - case.logp)[case.mask].abs().max() > 50
+    compare(case, objective, 0.4, "padded")
+
+
 @pytest.mark.parametrize("denominators", [None, (1000.0, 300.0), (1000.0, None)])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_aggregations(backend, aggregation, denominators):
