@@ -30,7 +30,7 @@ SANITIZERS = {
     # Without the checks of UBSan that AddressSanitizer makes too, and with its own as calls: quicker to compile.
     "address": [
         "-fsanitize=address,undefined", "-fno-sanitize=vptr,null,object-size,pointer-overflow",
-        "--param=asan-instrumentation-with-call-threshold=0", "-fno-omit-frame-pointer", "-g1",
+        "--param=asan-instrumentation-with-call-threshold=0", "-fno-omit-frame-pointer", "-g1", "-O0",
     ],
     "thread": ["-fsanitize=thread", "-fno-omit-frame-pointer", "-g1"],
 }  # fmt: skip
