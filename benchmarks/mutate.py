@@ -200,8 +200,8 @@ MUTATIONS = {
         ("tests/test_token_loss.py", "-k", "reference and (aggregations or dead_rows)"), 15,
     ),
     "the head's gradient is summed in 16 bits": Mutation(
-        "gac_kernels/products.py", "total.addmm_(a.float(), b.float())",
-        "total.copy_(total.addmm(a.float(), b.float()).to(self.head.weight.dtype))",
+        "gac_kernels/products.py", "torch.addmm(total, a, b, beta=float(self.begun), out=total)",
+        "total.copy_(torch.addmm(total, a, b, beta=float(self.begun)).to(self.head.weight.dtype))",
         ("tests/test_hidden_loss.py", "-k", "number_of_chunks"), 16,
     ),
     "autocast reaches the products": Mutation(
