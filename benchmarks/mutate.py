@@ -226,7 +226,7 @@ MUTATIONS = {
     ),
     "phi is differentiated": Mutation(
         f"{REFERENCE}/terms.py", "p_N = logp_N.detach().exp()\n    phi", "p_N = logp_N.exp()\n    phi",
-        ("tests/test_edges.py", "-k", "phi_is_a_weight"), 23,
+        ("tests/test_token_loss.py", "-k", "written_slopes"), 23,
     ),
     "a target in no shard is a zero": Mutation(
         "gac_kernels/shards.py", "lost_N = owner_RN.sum(0) != 1", "lost_N = owner_RN.sum(0) > 1",
