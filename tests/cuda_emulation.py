@@ -50,7 +50,7 @@ TORCH = Path(torch.__file__).parent
 
 
 def _digest() -> str:
-    digest = hashlib.sha256(" ".join([COMPILER, *FLAGS, torch.__version__, SANITIZER]).encode())
+    digest = hashlib.sha256(" ".join([COMPILER, *FLAGS, *SANITIZERS[SANITIZER], torch.__version__]).encode())
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]

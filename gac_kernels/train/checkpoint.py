@@ -84,7 +84,7 @@ def save_checkpoint(
     Raises:
         TypeError: an entry of `tensors` or `state` cannot be stored; names the entry.
         ValueError: `step` or `keep` is out of range, or an intact checkpoint of a later step is there already.
-        CheckpointError: one of a later step is there that a newer version of this package wrote.
+        CheckpointError: one of this step or a later one is there that a newer version of this package wrote.
         OSError: writing failed (disk full, ...); the earlier checkpoints are untouched.
     """
     check_count("step", step, 0)
@@ -213,7 +213,7 @@ def _publish(temporary: Path, target: Path) -> None:
 def _refuse_later(directory: Path, step: int) -> None:
     """A later step would win at the next load, and this one would be lost without a word."""
     for other, path in _checkpoints(directory):
-        if other > step and _is_intact(path):
+        if other >= step and _is_intact(path) and other > step:  # one of a newer version raises, of this step too
             raise ValueError(
                 f"step is {step}, but {path} holds an intact checkpoint of a later step: "
                 "resume from it or use another directory"

@@ -111,7 +111,7 @@ def test_a_checkpoint_of_a_newer_version_is_neither_passed_over_nor_removed(tmp_
     save(tmp_path, 1)
     path = save(tmp_path, 2) / "manifest.json"
     path.write_text(json.dumps({"format_version": 2, "contents": "as that version likes"}))
-    for use in (lambda: load_checkpoint(tmp_path), lambda: save(tmp_path, 1)):
+    for use in (lambda: load_checkpoint(tmp_path), lambda: save(tmp_path, 1), lambda: save(tmp_path, 2)):
         with pytest.raises(CheckpointError, match="format version 2, written by a newer gac_kernels; this one reads 1"):
             use()
     assert path.exists() and (tmp_path / "step-00000001").exists()
