@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Plain `torch` brings several GB of CUDA packages. Override to keep or pick a build: make TORCH=torch demo
 TORCH ?= torch==2.13.0
+# What the demo's last benchmark is of: hidden states x vocabulary.
+HEAD ?= 4096x8000
 # Test processes side by side.
 JOBS ?= 2
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ demo: $(STAMP)
 	rm -rf runs/demo
 	$(BIN)/python -m gac_kernels.train.demo --output runs/demo $(DEMO_ARGS)
 	$(BIN)/gac-kernels bench --modes full --seconds 2 --providers gac-cpu,eager,eager-loss --backend cpu
-	$(BIN)/gac-kernels bench --kernel hidden --shape 4096x8000 --seconds 2 --providers eager --backend cpu
+	$(BIN)/gac-kernels bench --kernel hidden --shape $(HEAD) --seconds 2 --providers eager --backend cpu
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile  # whole files, whose fixtures compile kernels and start processes
