@@ -8,6 +8,8 @@ HEAD ?= 4096x8000
 # Test processes side by side.
 JOBS ?= 2
 BIN := $(VENV)/bin
+# Without bytecode: most of what is installed is never imported.
+INSTALL := $(BIN)/python -m pip install -q --no-compile
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
@@ -17,9 +19,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): $(BIN)/python $(SOURCES)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)"
+	$(INSTALL) "setuptools>=77" wheel
+	$(INSTALL) --no-build-isolation -e ".[dev]"
 	@touch $@
 
 demo: $(STAMP)
