@@ -219,7 +219,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backends() -> dict[str, str]:
-    """Which backend serves the losses on each device type, and why. :func:`table` has it operator by operator."""
+    """Which backend serves the losses on each device type, and why; inside :func:`use_backend` the one that it asks
+    for. ``library.table`` has it operator by operator."""
+    if _forced is not None:
+        serves = {"cpu": ["cpu"], "cuda": _cuda_devices()}.get(_forced, ["cpu", "cuda", "other"])
+        asked, none = f"{_forced}: asked for by use_backend", f"none: use_backend({_forced!r}) has no kernels for it"
+        return {device: asked if device in serves else none for device in ("cpu", "cuda", "other")}
     cpu = f"cpu: {_compiled_why}" if _compiled else f"reference: {_compiled_why}"
     backend = serving_on_cuda("fused_rows", _capability(), _here())
     why = {"triton": "kernels compile on first use", "cuda": "compiled module"}

@@ -125,7 +125,7 @@ _TERM = """int policy, float p0, float p1, float p2, bool phi, float kl_coef, in
     bool kl_ratio_weighted, float entropy_coef"""
 _WEIGHTS = "int aggregation, int supervised_aggregation, float norm_length"
 _TOKEN_LOSS = f"""(
-    Tensor logprobs, Tensor mask, Tensor? cu_seqlens, int seq_len, Tensor is_expert,
+    Tensor logprobs, Tensor mask, Tensor? cu_seqlens, SymInt seq_len, Tensor is_expert,
     Tensor? advantages, bool token_advantages, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_weights,
     Tensor? entropy, Tensor? sum_sq, Tensor? supervised, Tensor? groups,
     Tensor mu, Tensor? policy_denominator, Tensor? supervised_denominator, {_TERM}, {_WEIGHTS}
@@ -135,7 +135,7 @@ _TOKEN_LOSS = f"""(
 # DEMONSTRATION; a token of no sequence is dead), weight (N,) = (1 - mu) a_t or mu b_t, and advantages_out (N,), 0 where
 # no rollout's; both in mu's dtype.
 _TOKEN_WEIGHTS = f"""(
-    Tensor mask, Tensor? cu_seqlens, int seq_len, Tensor is_expert, Tensor? advantages, bool token_advantages,
+    Tensor mask, Tensor? cu_seqlens, SymInt seq_len, Tensor is_expert, Tensor? advantages, bool token_advantages,
     Tensor mu, Tensor? policy_denominator, Tensor? supervised_denominator, {_WEIGHTS}
 ) -> (Tensor kind, Tensor weight, Tensor advantages_out)"""
 
@@ -164,12 +164,12 @@ _FUSED_RESULTS = "Tensor logprobs, Tensor entropy, Tensor sum_sq, Tensor supervi
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _BASE = "Tensor? base_logits, Tensor? base_hidden, Tensor? base_weight, Tensor? base_bias"
 _LINEAR = "Tensor targets, Tensor kind, Tensor? temperature"
-_WANTED = "int chunk, bool want_hidden, bool want_weight, bool want_bias"
+_WANTED = "SymInt chunk, bool want_hidden, bool want_weight, bool want_bias"
 _GRADIENTS = "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient"
 # Three products: statistics, slope and gradient of a chunk while it is there.
 _LINEAR_LOSS = f"""({_HEAD}, {_LINEAR}, {_BASE}, Tensor weight_N, Tensor? advantages, Tensor? old_logprobs,
     Tensor? ref_logprobs, Tensor? rollout_weights, {_WANTED}, {_STATIC}, {_TERM}) -> ({_FUSED_RESULTS}, {_GRADIENTS})"""
-_LINEAR_STATISTICS = f"""({_HEAD}, {_LINEAR}, {_BASE}, int chunk, {_STATIC}
+_LINEAR_STATISTICS = f"""({_HEAD}, {_LINEAR}, {_BASE}, SymInt chunk, {_STATIC}
 ) -> (Tensor logprobs, Tensor entropy, Tensor sum_sq, Tensor normalizer, Tensor supervised)"""
 _LINEAR_GRADIENT = f"""({_HEAD}, {_LINEAR}, {_BASE}, Tensor normalizer, Tensor entropy, Tensor slope,
     Tensor? entropy_slope, {_WANTED}, {_STATIC}) -> ({_GRADIENTS})"""

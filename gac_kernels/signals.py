@@ -90,6 +90,10 @@ class Signals:
         """The rows of both, in this order. Raises ValueError where the two were not made in the same way."""
         return concatenate((self, other)) if isinstance(other, Signals) else NotImplemented
 
+    def __radd__(self, other: object) -> Signals:
+        """For ``sum(signals)``, which begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Signals:
         """The rows of every rank of `group` (default: the default group), in rank order, on every rank.
 

@@ -6,13 +6,15 @@ sequence (padded length), ``V`` vocabulary, ``H`` hidden width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .objectives import HybridObjective
     from .signals import Signals
 
 IGNORE_INDEX = -100
@@ -37,6 +39,20 @@ def _check_shape(name: str, value: Tensor, *allowed: tuple[int, ...]) -> None:
     if tuple(value.shape) not in allowed:
         expected = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
         raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
+
+
+def shape_text(leading: tuple[int, ...], last: str) -> str:
+    """A shape whose last size has a name: ``(4, 6, V)``."""
+    return f"({', '.join(map(str, (*leading, last)))})"
+
+
+def check_mask(name: str, mask: Tensor) -> None:
+    """A mask in numbers holds 0 and 1: looked at where that costs no device sync."""
+    if mask.dtype is torch.bool or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    odd = mask[(mask != 0) & (mask != 1)]
+    if odd.numel():
+        raise ValueError(f"{name} must hold 0 (left out) and 1 (counts), got {odd[0].item():g}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +105,7 @@ class TokenBatch:
 
         Args:
             targets_ST: ``(S, T)`` int32/int64 target ids; ``-100`` masks a place.
-            mask_ST: ``(S, T)`` bool or integer/float 0-1 mask of the tokens that count.
+            mask_ST: ``(S, T)`` bool, or 0 and 1 in numbers, of the tokens that count.
             is_expert_S: ``(S,)`` bool; None means every row is a rollout.
             advantages: ``(S,)`` or ``(S, T)`` float. May be None if and only if every row is a demonstration.
             old_logprobs, ref_logprobs, rollout_weights: ``(S, T)`` float.
@@ -140,7 +156,7 @@ class TokenBatch:
         if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
             raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
         cu_seqlens = cu_seqlens.long()
-        if cu_seqlens.device.type == "cpu":
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_offsets(cu_seqlens, targets_N.shape[0])
         if mask_N is None:
             mask_N = torch.ones_like(targets_N, dtype=torch.bool)
@@ -167,13 +183,14 @@ class TokenBatch:
         device, shape, rows = targets.device, tuple(targets.shape), (num_sequences,)
         _check_tensor(mask_name, mask, (torch.bool, torch.uint8, torch.int32, torch.int64, *_FLOATS), device)
         _check_shape(mask_name, mask, shape)
+        check_mask(mask_name, mask)
         if is_expert is not None:
             _check_tensor("is_expert_S", is_expert, (torch.bool,), device)
             _check_shape("is_expert_S", is_expert, rows)
         if advantages is not None:
             _check_tensor("advantages", advantages, _FLOATS, device)
             _check_shape("advantages", advantages, rows, shape)
-        elif is_expert is None or (device.type == "cpu" and not bool(is_expert.all())):
+        elif num_sequences and (is_expert is None or _has_rollouts(is_expert)):
             raise ValueError("advantages must be given: (S,) or one a token, because the batch holds rollout sequences")
         for name, value in per_token.items():
             if value is not None:
@@ -182,7 +199,9 @@ class TokenBatch:
         if base_logits is not None:
             _check_tensor("base_logits", base_logits, _FLOATS, device)
             if tuple(base_logits.shape[:-1]) != shape:
-                raise ValueError(f"base_logits must have shape {(*shape, 'V')}, got {tuple(base_logits.shape)}")
+                raise ValueError(
+                    f"base_logits must have shape {shape_text(shape, 'V')}, got {tuple(base_logits.shape)}"
+                )
         if groups is not None:
             _check_tensor("groups", groups, _INTS, device)
             _check_shape("groups", groups, rows)
@@ -197,6 +216,24 @@ class TokenBatch:
             **{name: None if value is None else value.detach() for name, value in per_token.items()},
         )
 
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch on another device; itself where all of it is there already."""
+        held = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        moved = {name: value.to(device) for name, value in held.items()}
+        return self if all(moved[name] is value for name, value in held.items()) else replace(self, **moved)
+
+    def _counts(self, objective: HybridObjective) -> Tensor:
+        """What the policy's and the supervised branch divide by, float64 ``(2,)``."""
+        if self.cu_seqlens is None:
+            live_S = self.mask.sum(1)
+        else:
+            below = torch.nn.functional.pad(self.mask.cumsum(0), (1, 0))
+            edges = below[self.cu_seqlens.clamp(0, self.mask.shape[0])]
+            live_S = edges.diff().clamp(min=0)
+        branches = ((~self.is_expert, objective.aggregation), (self.is_expert, objective.supervised_aggregation))
+        counted = [((live_S if how == "token-mean" else live_S > 0) * rows_S).sum() for rows_S, how in branches]
+        return torch.stack(counted).double()
+
     @property
     def num_sequences(self) -> int:
         """``S``, known to the host."""
@@ -206,6 +243,11 @@ class TokenBatch:
     def max_length(self) -> int | None:
         """``T`` of a padded batch, None for a packed one (its longest sequence is not known to the host)."""
         return self.targets.shape[1] if self.cu_seqlens is None else None
+
+
+def _has_rollouts(is_expert: Tensor) -> bool:
+    """Looked at where that costs no device sync; elsewhere nobody says so."""
+    return is_expert.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(is_expert.all())
 
 
 def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
@@ -228,6 +270,45 @@ class Denominators:
 
     policy: float | Tensor | None = None
     supervised: float | Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batches: TokenBatch | Iterable[TokenBatch],
+        objective: HybridObjective,
+        *,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> Denominators:
+        """The counts of an optimizer step: of all its micro-batches and all ranks, as 0-d tensors; no host sync.
+
+        They are divided by the number of ranks, for DDP and FSDP average the gradients of as many losses. Where
+        gradients are summed over ranks instead, multiply them by it.
+
+        Args:
+            batches: this rank's micro-batches of the step, one at least, all on one device.
+            objective: whose two aggregations say what is counted.
+            group: the ranks that share the step; None: all, if torch.distributed is initialised. Each must call.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        batches = [batches] if isinstance(batches, TokenBatch) else list(batches)
+        if not batches:
+            raise ValueError("batches must hold at least one TokenBatch, got none")
+        if odd := [one for one in batches if not isinstance(one, TokenBatch)]:
+            raise TypeError(f"batches must be TokenBatches, got {type(odd[0]).__name__}")
+        if not hasattr(objective, "supervised_aggregation"):
+            raise TypeError(f"objective must be a HybridObjective, got {type(objective).__name__}")
+        if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+            raise TypeError(f"group must be a process group or None, got {type(group).__name__}")
+        counts = torch.stack([one._counts(objective) for one in batches]).sum(0)
+        ranks = 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size(group)
+        if ranks > 1:
+            torch.distributed.all_reduce(counts, group=group)
+        policy, supervised = (counts / ranks).unbind()
+        return cls(policy, supervised)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,8 @@ PADDED = table(
     ("shape", {"targets_ST": TARGETS[0]}, ValueError, "targets_ST", "(5,)"),
     ("type", {"mask_ST": None}, TypeError, "mask_ST", "NoneType"),
     ("dtype", {"mask_ST": COMPLEX}, TypeError, "mask_ST", "complex64"),
+    ("range", {"mask_ST": torch.full((S, T), -1e9)}, ValueError, "mask_ST", "-1e+09"),
+    ("nan", {"mask_ST": torch.full((S, T), NAN)}, ValueError, "mask_ST", "nan"),
     ("shape", {"mask_ST": torch.ones(S, T + 1)}, ValueError, "mask_ST", "(3, 6)"),
     ("device", {"mask_ST": meta(S, T)}, ValueError, "mask_ST", "meta"),
     ("dtype", {"is_expert_S": torch.zeros(S)}, TypeError, "is_expert_S", "float32"),
@@ -136,7 +138,14 @@ FROM_LOGPROBS = table(
     ("contradictory", {"objective": GIFT}, ValueError, "objective.supervised", "GIFT"),
     ("contradictory", {"objective": NORM, "batch": packed(), "logprobs": torch.zeros(S * T)}, ValueError,
      "objective.norm_length", "packed"),
-) + table("Denominators", hybrid_loss, *DENOMINATORS)  # fmt: skip
+) + table("Denominators", hybrid_loss, *DENOMINATORS) + table(
+    "Denominators", lambda **given: gk.Denominators.of(**{"batches": padded(), "objective": NORM} | given),
+    ("empty", {"batches": []}, ValueError, "batches", "none"),
+    ("type", {"batches": [None]}, TypeError, "batches", "NoneType"),
+    ("type", {"batches": torch.zeros(2)}, TypeError, "batches", "Tensor"),
+    ("type", {"objective": gk.SAPO()}, TypeError, "objective", "SAPO"),
+    ("type", {"group": 2}, TypeError, "group", "int"),
+)  # fmt: skip
 
 LOGITS = (
     ("type", {"logits": [1.0]}, TypeError, "logits", "list"),

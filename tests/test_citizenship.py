@@ -68,6 +68,44 @@ def test_compiles_without_a_graph_break():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("made", ["logprobs", "logits", "hidden", "signals"])
+def test_a_new_length_compiles_nothing_after_the_second(made):
+    """The padded length is a size like others to a compiler: once it has seen two it takes any."""
+    torch.compiler.reset()  # what was compiled for the others counts towards the same limit
+    objective, mu, weight = gk.HybridObjective(), torch.tensor(0.3), torch.randn(17, 6)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(value, targets, mask, advantages):
+        batch = gk.TokenBatch.from_padded(targets, mask, advantages=advantages)
+        if made == "logprobs":
+            return gk.hybrid_loss(value, batch, objective, mu).loss
+        if made == "logits":
+            return gk.hybrid_loss_from_logits(value, batch, objective, mu).loss
+        if made == "hidden":
+            return gk.hybrid_loss_from_hidden(value, weight, batch, objective, mu).loss
+        return gk.signals_from_logprobs(value, batch).rows
+
+    for S, T in ((4, 3), (4, 5), (4, 9), (5, 7), (3, 11), (6, 2)):
+        shape = {"logits": (S, T, 17), "hidden": (S, T, 6)}.get(made, (S, T))
+        given = -torch.rand(shape), torch.zeros(S, T, dtype=torch.long), torch.ones(S, T).bool(), torch.randn(S)
+        assert loss(*given).isfinite().all()
+    assert counter.frame_count <= 3, counter.frame_count  # static, any T, any S and T
+
+
+def test_batches_are_built_inside_a_compiled_function():
+    """Checks that look at values are left out there, as on an accelerator."""
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def loss(logprobs, cu_seqlens, is_expert):
+        targets = torch.zeros_like(logprobs, dtype=torch.long)
+        packed = gk.TokenBatch.from_packed(targets, cu_seqlens, is_expert_S=is_expert, mask_N=torch.ones_like(logprobs))
+        return gk.hybrid_loss(logprobs, packed, OBJECTIVES[1], 1.0).loss
+
+    found = loss(torch.full((7,), -2.0), torch.tensor([0, 3, 7]), torch.tensor([True, True]))
+    torch.testing.assert_close(found, torch.tensor(2.0))
+
+
 def test_autocast_changes_nothing():
     case = Case((5, 3), (False, True), seed=63, dtype=torch.float32, poison=False)
     batch, extra = case.padded()

@@ -51,6 +51,26 @@ def test_phi_is_a_weight_and_has_no_gradient(every_backend):
     assert not grad[:2].any()
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_one_temperature_for_one_sequence(every_backend, length):
+    """A tensor of one, spread over the tokens without a copy, has stride 0."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, length, 9, generator=generator)
+    batch = gk.TokenBatch.from_padded(
+        torch.zeros(1, length, dtype=torch.long), torch.ones(1, length), advantages=torch.ones(1)
+    )
+    found = []
+    for temperature in (0.7, torch.tensor([0.7])):
+        transform = gk.LogitTransform(temperature=temperature)
+        leaf = logits.clone().requires_grad_()
+        out = gk.hybrid_loss_from_logits(leaf, batch, gk.HybridObjective(), 0.0, transform=transform)
+        out.loss.backward()
+        alone = gk.token_logprobs(logits, batch.targets, transform=transform).logprobs
+        found.append((out.loss, leaf.grad, alone))
+    for number, tensor in zip(*found, strict=True):
+        torch.testing.assert_close(tensor, number, rtol=1e-6, atol=1e-7)
+
+
 def test_a_packed_sequence_does_not_see_the_next(every_backend):
     """Whatever the sequences around it hold, nan included: the bits of its results stay."""
     generator = torch.Generator().manual_seed(0)

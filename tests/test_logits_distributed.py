@@ -26,11 +26,7 @@ def everything():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Tanh(), torch.nn.Linear(HIDDEN, 37))
     hidden = torch.randn(*case.batch.targets.shape, HIDDEN, dtype=torch.float64)
-    counts = gk.Denominators(
-        policy=float(case.batch.mask[~case.batch.is_expert].sum()),
-        supervised=float(case.batch.mask[case.batch.is_expert].sum()),
-    )
-    return model.double(), hidden, case.batch, counts
+    return model.double(), hidden, case.batch
 
 
 def share(batch, part):
@@ -42,8 +38,10 @@ def worker(rank, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     seen = {}
     try:
-        model, hidden, batch, counts = everything()
+        model, hidden, batch = everything()
         part = SHARES[rank]
+        own = share(batch, part)
+        counts = gk.Denominators.of(own, OBJECTIVE)
         for name in ("ddp", "fsdp"):
             ours = copy.deepcopy(model)
             if name == "ddp":
@@ -53,13 +51,11 @@ def worker(rank, file):
                 for layer in (ours[0], ours[2], ours):
                     fully_shard(layer, mesh=mesh)
             logits = ours(hidden[part])
-            out = gk.hybrid_loss_from_logits(
-                logits, share(batch, part), OBJECTIVE, 0.3, inplace=True, denominators=counts
-            )
-            (2 * out.loss).backward()  # both average over the ranks
+            out = gk.hybrid_loss_from_logits(logits, own, OBJECTIVE, 0.3, inplace=True, denominators=counts)
+            out.loss.backward()  # both average over the ranks
             gradients = [p.grad.full_tensor() if name == "fsdp" else p.grad for p in ours.parameters()]
             rows = out.signals.all_reduce().rows
-            seen[name] = (dist_sum(out.loss.detach()), gradients, rows)
+            seen[name] = (dist_sum(out.loss.detach()) / 2, gradients, rows)
         torch.save(seen, f"{file}.{rank}")
     finally:
         dist.destroy_process_group()
@@ -79,7 +75,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_ranks_equal_one_process(ranks, name):
-    model, hidden, batch, _ = everything()
+    model, hidden, batch = everything()
     out = gk.hybrid_loss_from_logits(model(hidden), batch, OBJECTIVE, 0.3)
     out.loss.backward()
     for loss, gradients, rows in (rank[name] for rank in ranks):

@@ -229,7 +229,7 @@ def test_token_logprobs_of_any_shape():
 def test_errors_name_the_argument():
     case = make()
     loss, batch = gk.hybrid_loss_from_logits, case.batch
-    with pytest.raises(ValueError, match=r"logits must have shape \(4, 9, 'V'\) to match targets, got \(4, 9\)"):
+    with pytest.raises(ValueError, match=r"logits must have shape \(4, 9, V\) to match targets, got \(4, 9\)"):
         loss(case.logits[..., 0], batch, OBJECTIVE, 0.3)
     with pytest.raises(
         TypeError, match=r"logits must have dtype float16, bfloat16, float32 or float64, got torch\.int64"
@@ -239,7 +239,7 @@ def test_errors_name_the_argument():
         loss(case.logits[..., :0], batch, OBJECTIVE, 0.3)
     with pytest.raises(TypeError, match=r"logits must be a torch\.Tensor, got NoneType"):
         loss(None, batch, OBJECTIVE, 0.3)
-    with pytest.raises(TypeError, match=r"transform must be a LogitTransform, got float"):
+    with pytest.raises(TypeError, match=r"transform must be a LogitTransform, .*got float"):
         loss(case.logits, batch, OBJECTIVE, 0.3, transform=0.7)
     with pytest.raises(ValueError, match=r"batch\.base_logits must be given"):
         loss(case.logits, batch, gk.HybridObjective(supervised=gk.GIFT()), 0.3)

@@ -88,7 +88,7 @@ def test_errors():
     logits, targets = rows(3)
     with pytest.raises(ValueError, match=r"targets must be in \[0, 11\) or -100, got 0 to 11"):
         gk.token_logprobs(logits, torch.tensor([0, 1, 11]))
-    with pytest.raises(ValueError, match=r"logits must have shape \(3, 'V'\)"):
+    with pytest.raises(ValueError, match=r"logits must have shape \(3, V\)"):
         gk.token_logprobs(logits[None], targets)
     with pytest.raises(ValueError, match="mask must have the targets' shape"):
         gk.token_logprobs(logits, targets, mask=torch.ones(2, dtype=torch.bool))

@@ -295,6 +295,11 @@ def test_errors_name_the_field(error, match, keywords):
         Signals(**{"rows": torch.ones(3, 12), **keywords})
 
 
+def test_sum_adds_them():
+    parts = [gk.Signals(torch.rand(count, 12)) for count in (2, 1, 3)]
+    assert sum(parts).rows.equal(torch.cat([part.rows for part in parts]))
+
+
 def test_adding_something_else_is_a_type_error():
     with pytest.raises(TypeError):
         Signals(torch.ones(1, 12)) + 1

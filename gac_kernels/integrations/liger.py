@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from ..objectives import LogitTransform
 from ..ops import hybrid_loss_from_hidden, token_logprobs, token_logprobs_from_hidden
-from ..types import IGNORE_INDEX, Denominators, TokenBatch
+from ..types import IGNORE_INDEX, Denominators, TokenBatch, shape_text
 from ._liger_loss import Options, Rollouts
 from .checks import Check, check_host
 
@@ -139,7 +139,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if selected_token_ids.ndim != 2:
             raise ValueError(f"selected_token_ids must have shape (B, T), got {tuple(selected_token_ids.shape)}")
         if _input.ndim != 3 or _input.shape[:2] != selected_token_ids.shape:
-            expected = (*selected_token_ids.shape, "H")
+            expected = shape_text(selected_token_ids.shape, "H")
             raise ValueError(f"_input must have shape {expected}, got {tuple(_input.shape)}")
         ref = self._reference(selected_token_ids, ref_per_token_logps, ref_input, ref_weight, ref_bias)
         everywhere = options.loss_type == "luspo"
@@ -256,7 +256,7 @@ def triton_grpo_loss(
     B, T = completion_ids.shape
     if logits.ndim != 3 or logits.shape[:2] != (B, T + 1):
         raise ValueError(
-            f"logits must have shape {(B, T + 1, 'V')}, one row more than completion_ids, got {tuple(logits.shape)}"
+            f"logits must have shape ({B}, {T + 1}, V), one row more than completion_ids, got {tuple(logits.shape)}"
         )
     options = Options(
         loss_type=loss_type, level=importance_sampling_level, beta=beta, low=eps_low, high=eps_high, delta=delta,

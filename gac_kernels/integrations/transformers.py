@@ -1,6 +1,7 @@
 """Our losses in transformers: a ``model.loss_function``, called by the models themselves with their logits.
 
     model.loss_function = CausalLMLoss()                     # demonstrations, NLL weighted by phi
+    model.loss_function = CausalLMLoss(mu=0.5)               # and rollouts, where a call brings advantages
     Trainer(model, ...).train()
 
 Works with models that hand their logits and keyword arguments to ``self.loss_function``, which causal language models
@@ -12,6 +13,7 @@ Shapes: B sequences of T tokens, V columns of logits.
 from __future__ import annotations
 
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -37,7 +39,8 @@ class CausalLMLoss:
 
     Args:
         objective: what to compute; not GIFT, for which a base model's logits are needed.
-        mu: weight of the demonstrations, a number or a 0-d tensor.
+        mu: weight of the demonstrations, a number or a 0-d tensor. None: they are all there is, and a call that
+            brings advantages raises.
         controller: sets mu in place of ``mu``, and observes every loss that is computed with gradient. Call its
             ``step()`` after each optimizer step (a ``TrainerCallback``'s ``on_step_end``).
         inplace: write the gradient over the logits, which the model also returns: no extra memory, and what is
@@ -50,7 +53,7 @@ class CausalLMLoss:
     def __init__(
         self,
         objective: HybridObjective | None = None,
-        mu: float | Tensor = 1.0,
+        mu: float | Tensor | None = None,
         *,
         controller: GuidedAdaptiveController | None = None,
         inplace: bool = False,
@@ -73,7 +76,9 @@ class CausalLMLoss:
     @property
     def mu(self) -> float | Tensor:
         """Weight of the demonstrations in the next call."""
-        return self._mu if self.controller is None else self.controller.mu
+        if self.controller is not None:
+            return self.controller.mu
+        return 1.0 if self._mu is None else self._mu
 
     def __call__(
         self,
@@ -108,11 +113,15 @@ class CausalLMLoss:
             policy_items, supervised_items: what the branches divide by in place of this batch's counts (tokens or
                 sequences, as the objective aggregates); needed with advantages where ``num_items_in_batch`` is given,
                 which counts both.
-            kwargs: what else the model passes on. Not read.
+            kwargs: what else the model passes on. Not read; but a name that is almost one of these raises, since a
+                misspelt one would change the loss in silence.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        _check_names(kwargs)
+        if advantages is not None and self._mu is None and self.controller is None:
+            raise ValueError("mu or controller must be given to CausalLMLoss where advantages are: without, mu is 1")
         shifted = shift_labels is not None
         targets = shift_labels if shift_labels is not None else labels
         if targets is None:
@@ -172,6 +181,19 @@ class CausalLMLoss:
         if isinstance(items, Tensor):
             items = items.reshape(())  # a replica of nn.DataParallel gets one of its own, with a dimension
         return Denominators(policy, items)
+
+
+_NAMES = ("advantages", "is_expert", "old_logprobs", "ref_logprobs", "rollout_weights", "policy_items",
+          "supervised_items", "num_items_in_batch", "shift_labels", "ignore_index")  # fmt: skip
+_ELSEWHERE = ("mu", "objective", "controller", "inplace")  # of the loss itself
+
+
+def _check_names(kwargs: dict[str, Any]) -> None:
+    for name in kwargs:
+        if name in _ELSEWHERE:
+            raise TypeError(f"{name!r} is an argument of CausalLMLoss itself, not of the model's call")
+        if close := get_close_matches(name, _NAMES, 1, cutoff=0.85):
+            raise TypeError(f"{name!r} is not an argument of this loss: {close[0]!r} is")
 
 
 def check() -> Check:

@@ -12,7 +12,7 @@ from ..distributed import check_group
 from ..objectives import GIFT
 from ..shards import VocabularyShard
 from ..types import TokenBatch
-from .rows import as_rows
+from .rows import as_rows, misfit
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -44,9 +44,9 @@ def check_head(
     if hidden.dtype not in _FLOATS:
         raise TypeError(f"hidden must have dtype float16, bfloat16, float32 or float64, got {hidden.dtype}")
     if hidden.ndim < 1 or hidden.shape[:-1] != targets.shape:
-        raise ValueError(f"hidden must have shape {(*targets.shape, 'H')} to match targets, got {tuple(hidden.shape)}")
+        raise misfit("hidden", hidden, targets, "H")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight must have shape ('V', {hidden.shape[-1]}), got {tuple(weight.shape)}")
+        raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
     if hidden.shape[-1] == 0:
         raise ValueError("hidden must have at least one column, got none")
     if bias is not None and bias.shape != weight.shape[:1]:

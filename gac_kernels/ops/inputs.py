@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from typing import Any
 
@@ -37,7 +38,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor, high: float = math.in
         if value.device != like.device:
             raise ValueError(f"{name} must be on {like.device} like logprobs, got {value.device}")
         return value.detach().reshape(()).to(like.dtype)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # the last: numpy's
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
     if not 0.0 <= value <= min(high, sys.float_info.max):
         raise ValueError(f"{name} must be finite and in [0, {high:g}], got {value!r}")

@@ -158,7 +158,8 @@ def hybrid_loss_from_logits(
 
 def checked_transform(transform: LogitTransform | None) -> LogitTransform:
     if transform is not None and not isinstance(transform, LogitTransform):
-        raise TypeError(f"transform must be a LogitTransform, got {type(transform).__name__}")
+        kind = type(transform).__name__
+        raise TypeError(f"transform must be a LogitTransform, as in LogitTransform(temperature=0.7), got {kind}")
     return transform or PLAIN
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import LogitTransform
-from ..types import IGNORE_INDEX, TokenBatch
+from ..types import IGNORE_INDEX, TokenBatch, check_mask, shape_text
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -20,12 +20,22 @@ def check_logits(name: str, logits: Tensor, targets: Tensor) -> None:
     if logits.dtype not in _FLOATS:
         raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {logits.dtype}")
     if logits.ndim < 1 or logits.shape[:-1] != targets.shape:
-        expected = (*targets.shape, "V")
-        raise ValueError(f"{name} must have shape {expected} to match targets, got {tuple(logits.shape)}")
+        raise misfit(name, logits, targets, "V")
     if logits.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one column, got shape {tuple(logits.shape)}")
     if logits.device != targets.device:
         raise ValueError(f"{name} must be on {targets.device} like targets, got {logits.device}")
+
+
+def misfit(name: str, value: Tensor, targets: Tensor, last: str) -> ValueError:
+    """The error for logits or hidden states whose leading shape is not the targets', with the usual cure."""
+    text = f"{name} must have shape {shape_text(targets.shape, last)} to match targets, got {tuple(value.shape)}"
+    leading = tuple(value.shape[:-1])
+    if targets.ndim and leading == (*targets.shape[:-1], targets.shape[-1] + 1):
+        text += f"; targets are shifted, so that the last place predicts none of them: give {name}[..., :-1, :]"
+    elif leading == (1, *targets.shape):
+        text += f"; give {name}[0]"
+    return ValueError(text)
 
 
 def check_targets(name: str, targets: Tensor, live: Tensor, V: int) -> None:
@@ -49,6 +59,7 @@ def live_places(targets: Tensor, mask: Tensor | None) -> Tensor:
         raise ValueError(f"mask must have the targets' shape {tuple(targets.shape)}, got {tuple(mask.shape)}")
     if mask.device != targets.device:
         raise ValueError(f"mask must be on {targets.device} like targets, got {mask.device}")
+    check_mask("mask", mask)
     return mask.bool() & live
 
 
@@ -103,7 +114,7 @@ def row_temperature(transform: LogitTransform, where: TokenBatch | Tensor, dtype
     if look and not bool(((temperature_S > 0) & temperature_S.isfinite()).all()):
         raise ValueError(f"transform.temperature must be finite and > 0, got {temperature_S.tolist()}")
     if batch is None or batch.cu_seqlens is None:
-        return temperature_S.view(-1, *(1,) * (targets.ndim - 1)).expand(targets.shape).reshape(-1)
+        return temperature_S.view(-1, *(1,) * (targets.ndim - 1)).expand(targets.shape).reshape(-1).contiguous()
     position_N = torch.arange(targets.shape[0], device=targets.device)
     ids_N = torch.bucketize(position_N, batch.cu_seqlens[1:], right=True).clamp(max=max(count - 1, 0))
     return temperature_S.index_select(0, ids_N)

@@ -272,8 +272,8 @@ def test_options_that_cannot_be_raise(options, message):
             {"ref_per_token_logps": None, "ref_input": torch.zeros(B, T, H)},
             r"ref_weight must be given with ref_input",
         ),
-        ({}, {"_input": torch.zeros(B * T, H)}, r"_input must have shape \(4, 6, 'H'\), got \(24, 16\)"),
-        ({}, {"_input": torch.zeros(B, T + 1, H)}, r"_input must have shape \(4, 6, 'H'\), got \(4, 7, 16\)"),
+        ({}, {"_input": torch.zeros(B * T, H)}, r"_input must have shape \(4, 6, H\), got \(24, 16\)"),
+        ({}, {"_input": torch.zeros(B, T + 1, H)}, r"_input must have shape \(4, 6, H\), got \(4, 7, 16\)"),
         ({}, {"selected_token_ids": torch.zeros(B, dtype=torch.long)}, r"selected_token_ids must have shape \(B, T\)"),
         ({}, {"attention_mask": torch.ones(B, T + 1)}, r"attention_mask must have shape \(4, 6\), got \(4, 7\)"),
         ({}, {"old_per_token_logps": torch.zeros(B, 1)}, r"old_per_token_logps must have shape \(4, 6\), got \(4, 1\)"),
@@ -282,7 +282,7 @@ def test_options_that_cannot_be_raise(options, message):
         ({}, {"vllm_is_ratio": torch.ones(T)}, r"vllm_is_ratio must have shape \(4,\), .*got \(6,\)"),
         ({}, {"vllm_is_ratio": torch.ones(B, 2)}, r"vllm_is_ratio must have shape .*got \(4, 2\)"),
         ({}, {"vllm_is_ratio": torch.ones(B, T, 1)}, r"vllm_is_ratio must have shape .*got \(4, 6, 1\)"),
-        ({}, {"lin_weight": torch.zeros(V, H + 1)}, r"weight must have shape \('V', 16\), got \(37, 17\)"),
+        ({}, {"lin_weight": torch.zeros(V, H + 1)}, r"weight must have shape \(V, 16\), got \(37, 17\)"),
     ],
 )
 def test_fused_arguments_that_do_not_fit_are_named(options, changed, message):

@@ -157,7 +157,7 @@ def test_strided_logits_and_no_mask():
         (
             {"logits": torch.zeros(B, T, V)},
             ValueError,
-            r"logits must have shape \(4, 7, 'V'\), one row more.*\(4, 6, 37\)",
+            r"logits must have shape \(4, 7, V\), one row more.*\(4, 6, 37\)",
         ),
         ({"completion_ids": torch.zeros(B, dtype=torch.long)}, ValueError, r"completion_ids must have shape \(B, T\)"),
         ({"old_logp": torch.zeros(B, T + 1)}, ValueError, r"old_logp must have shape \(4, 6\), got \(4, 7\)"),

@@ -190,9 +190,9 @@ def test_trainer_with_our_nll_is_stock(monkeypatch, tmp_path):
         ({}, {"vocab_size": V + 1}, ValueError, f"vocab_size must be the number of logits, {V}, got {V + 1}"),
         ({}, {"labels": torch.zeros(B, T + 1, dtype=torch.long)}, ValueError, "logits must have shape"),
         ({"mu": 1.5}, {}, ValueError, "mu"),
-        ({}, {"advantages": torch.ones(B + 1)}, ValueError, r"advantages must have shape \(3,\)"),
+        ({"mu": 0.5}, {"advantages": torch.ones(B + 1)}, ValueError, r"advantages must have shape \(3,\)"),
         (
-            {},
+            {"mu": 0.5},
             {"advantages": torch.ones(B), "num_items_in_batch": 9},
             ValueError,
             "policy_items and supervised_items must",
@@ -209,6 +209,31 @@ def test_what_does_not_fit_raises(options, given, error, message):
     logits, labels = labelled()
     with pytest.raises(error, match=message):
         CausalLMLoss(**options)(**{"logits": logits, "labels": labels, **given})
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("is_expert_S", "'is_expert_S' is not an argument of this loss: 'is_expert' is"),
+        ("old_logprob", "'old_logprob' is not an argument of this loss: 'old_logprobs' is"),
+        ("mu", "'mu' is an argument of CausalLMLoss itself"),
+    ],
+)
+def test_a_misspelt_keyword_is_not_swallowed(name, says):
+    logits, labels = labelled()
+    loss = CausalLMLoss(mu=0.5)
+    with pytest.raises(TypeError, match=says):
+        loss(logits, labels, **{name: 1.0})
+    loss(logits, labels, cache_position=None, use_cache=False, output_attentions=True, attention_mask=None)
+
+
+def test_advantages_need_a_mu():
+    logits, labels = labelled()
+    given = {"advantages": torch.ones(len(labels))}
+    with pytest.raises(ValueError, match="mu or controller must be given to CausalLMLoss where advantages are"):
+        CausalLMLoss()(logits, labels, **given)
+    assert CausalLMLoss(mu=1.0)(logits, labels, **given) == 0 != CausalLMLoss(mu=0.5)(logits, labels, **given)
+    assert CausalLMLoss().mu == 1.0
 
 
 def test_check_of_the_installed_transformers():
