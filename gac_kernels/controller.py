@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import numbers
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -86,7 +87,7 @@ class GuidedAdaptiveController:
         process_group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(config, ControllerConfig):
-            raise TypeError(f"config must be a ControllerConfig, got {config!r}")
+            raise TypeError(f"config must be a ControllerConfig (as in ControllerConfig(mu_max=0.8)), got {config!r}")
         check_group("process_group", process_group)
         self.config = config
         self._group = process_group
@@ -95,6 +96,7 @@ class GuidedAdaptiveController:
         self._fingerprint = zlib.crc32(json.dumps(config.as_dict(), sort_keys=True).encode())
         self._observed: list[Signals] = []
         self._step = 0
+        self._unfed = 0  # refreshes in a row that had nothing to read
         self._captured = False  # whether a CUDA graph holds the state: it knows the count of steps, and we do not
         alpha = config.alpha.init if isinstance(config.alpha, KLTarget) else config.alpha
         mu, prior = config.init_mu, schema.prior_before(config, 0, config.init_mu)
@@ -119,18 +121,25 @@ class GuidedAdaptiveController:
     def observe(self, signals: Signals) -> None:
         """Add a micro-batch's signals to those of the current step. ValueError if the estimator cannot use them."""
         if not isinstance(signals, Signals):
-            raise TypeError(f"signals must be Signals, got {type(signals).__name__}")
+            cure = "; a loss has them as .signals" if hasattr(signals, "signals") else ""
+            raise TypeError(f"signals must be Signals, got {type(signals).__name__}{cure}")
         if signals.rows.device != self._state.device:
             raise ValueError(f"signals must lie on {self._state.device}, got {signals.rows.device}")
         # Only what the estimator reads is kept: micro-batches and ranks may differ in the rest, and it need not travel.
         estimator, rows = self.config.estimator, signals.rows.detach()
         if estimator == "logit":
             if not signals.has_sum_sq:
-                raise ValueError("estimator 'logit' needs signals made with sum_sq (sum p^2), got signals without it")
+                raise ValueError(
+                    "estimator 'logit' needs signals made with sum_sq (sum p^2), got signals without it: give sum_sq= "
+                    "with the log-probs, or make the loss from logits or hidden states"
+                )
             kept = replace(signals, rows=rows, hidden=None)
         elif estimator == "hidden":
             if signals.hidden is None:
-                raise ValueError("estimator 'hidden' needs signals that carry `hidden` (S, H), got signals without it")
+                raise ValueError(
+                    "estimator 'hidden' needs signals that carry `hidden` (S, H), got signals without it: make the "
+                    "loss with hybrid_loss_from_hidden"
+                )
             kept = replace(signals, rows=rows, has_sum_sq=False, hidden=signals.hidden.detach())
         else:
             kept = Signals(rows)
@@ -163,6 +172,8 @@ class GuidedAdaptiveController:
             if refresh and ranks > 1:
                 tag = (self._step, self._fingerprint)
                 observed = gather_signals(observed, self._group, self._state.device, tag)
+            if refresh and not fixed:
+                self._say_unfed(observed)
             state, mu = call("controller_step", self._state, *self._seen(observed if refresh else None, of_ranks))
             if fixed:  # a replay reads what its capture read
                 self._state.copy_(state)
@@ -173,6 +184,17 @@ class GuidedAdaptiveController:
         self._step += 1
         self._observed = []
         return self._mu
+
+    def _say_unfed(self, observed: Signals | None) -> None:
+        """A forgotten observe() looks like a run: only the prior moves mu. Said once a silence."""
+        self._unfed = self._unfed + 1 if observed is None else 0
+        if self._unfed == 2:
+            warnings.warn(
+                f"the controller has observed nothing for two refreshes, up to step {self._step}: call "
+                "observe(out.signals) for every micro-batch; until then only the prior moves mu",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _seen(self, observed: Signals | None, kl: Tensor | None) -> tuple[Any, ...]:
         """The operator's arguments behind the state: the signals' rows, or what signals.estimate makes of them."""

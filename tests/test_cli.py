@@ -238,15 +238,22 @@ def test_train_and_resume(tmp_path, capsys):
         "train", "--output", tmp_path / "run", "--prompts-per-step", 1, "--group-size", 2,
         "--demonstrations-per-step", 1, "--eval-size", 4, "--digits", 2, "--max-new-tokens", 24,
         "--tiny-hidden", 8, "--tiny-layers", 1, "--warmup-sft-steps", 1, "--steps", 2, "--json",
+        "--estimator", "hidden",
     ]  # fmt: skip
-    assert main([str(arg) for arg in args]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main([str(arg) for arg in (*args, "--resume")]) == 0
+    output = capsys.readouterr()
+    assert f"nothing to resume in {tmp_path / 'run'}: a new run begins" in output.err
+    found = json.loads(output.out.splitlines()[-1])
     assert list(found) == ["accuracy_before", "accuracy_after", "mu", "steps", "seconds", "output"]
     assert found["steps"] == 2 and found["output"] == str(tmp_path / "run")
     assert (tmp_path / "run" / "report.html").is_file()
     assert "already" in error_line(capsys, *args)
     assert main([str(arg) for arg in (*args, "--resume")]) == 0  # nothing is left to do
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found | {"seconds": pytest.approx(found["seconds"])}
+    output = capsys.readouterr()
+    assert json.loads(output.out.splitlines()[-1]) == found | {"seconds": pytest.approx(found["seconds"])}
+    assert "was finished before" in output.err
+    used = json.loads((tmp_path / "run" / "config.json").read_text())["controller_in_force"]
+    assert "estimator='hidden'" in used and "update_every=1," in used
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*")) / "manifest.json"
     newest.write_text(newest.read_text().replace('"format_version": 1', '"format_version": 2'))
     assert "written by a newer gac_kernels" in error_line(capsys, *args, "--resume")
@@ -270,13 +277,18 @@ def test_train_objectives(name, policy, aggregation):
     assert (made.norm_length is not None) == (name == "dr-grpo")
 
 
-def test_settings_of_train_are_those_of_the_loop():
+def test_settings_of_train_are_those_of_the_loop(tmp_path):
     from dataclasses import fields
 
     from gac_kernels.commands import train
     from gac_kernels.train.config import CONTROLLERS, TrainConfig
 
-    assert {name for name, _, _ in train.SETTINGS} <= {field.name for field in fields(TrainConfig)}
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    assert {name for name, *_ in train.SETTINGS} <= defaults.keys()
+    for name, kind, said, _ in train.SETTINGS:
+        assert defaults[name] is None or kind(said) == defaults[name], name
+    given = {"tiny": TrainConfig("o"), "another": TrainConfig("o", model=str(tmp_path))}
+    assert [(c.warmup_sft_steps, c.learning_rate) for c in given.values()] == [(300, 5e-4), (0, 1e-6)]
     assert train.CONTROLLERS == CONTROLLERS
 
 
@@ -290,6 +302,11 @@ def test_error_lines(tmp_path, capsys):
     assert "no file" in error_line(capsys, "train", "--task", tmp_path / "none.jsonl", "--output", out)
     assert "model" in error_line(capsys, "train", "--model", tmp_path / "none", "--output", out)
     assert "--device nothing" in error_line(capsys, "train", "--device", "nothing", "--output", out)
+    assert "--mu is a setting of --controller fixed" in error_line(capsys, "train", "--mu", 0.4, "--output", out)
+    line = error_line(capsys, "train", "--controller", "linear", "--estimator", "logit", "--output", out)
+    assert "--estimator is a setting of --controller gac, got --controller linear" in line
+    assert "--group-size must be >= 1" in error_line(capsys, "train", "--group-size", 0, "--output", out)
+    assert "--steps must be >= 0" in error_line(capsys, "train", "--steps", -1, "--output", out)
     assert "none.csv" in error_line(capsys, "bench", "--csv", tmp_path / "no" / "none.csv")
     assert "64x2048" in error_line(capsys, "bench", "--kernel", "token", "--shape", "64")
     assert "S >= 4" in error_line(capsys, "bench", "--kernel", "token", "--shape", "2x8", "--providers", "eager")

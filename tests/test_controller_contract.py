@@ -3,6 +3,7 @@
 import io
 import math
 import random
+import warnings
 from dataclasses import dataclass, fields
 
 import pytest
@@ -95,6 +96,24 @@ def test_no_gradient_enters_and_inference_mode_does_not_spoil_mu():
     x = torch.tensor(1.0, requires_grad=True)
     (x * controller.mu).backward()
     assert x.grad == controller.mu
+
+
+def test_a_forgotten_observe_is_said_once_a_silence():
+    controller = gk.GuidedAdaptiveController(gk.ControllerConfig(update_every=3))
+    signals = gk.Signals(torch.zeros(2, 12))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            controller.step()
+        assert not said  # the first refresh may come before the first batch
+        for _ in range(9):
+            controller.step()
+        assert len(said) == 1 and "has observed nothing for two refreshes, up to step 3" in str(said[0].message)
+        assert said[0].filename == __file__
+        controller.observe(signals)
+        for _ in range(12):
+            controller.step()
+        assert len(said) == 2
 
 
 def test_metrics_are_copies():

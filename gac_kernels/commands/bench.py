@@ -279,7 +279,7 @@ def _plotter() -> Callable[[Path, list[Record]], None]:
 
 
 def write_plot(path: Path, records: list[Record]) -> None:
-    """Times on a logarithmic axis, one panel a kernel and mode: bars for one size, lines over several."""
+    """Times on a logarithmic axis, one panel a kernel and mode: bars for one size, points for several."""
     from matplotlib import pyplot
 
     from ..bench.cases import CASES
@@ -287,6 +287,7 @@ def write_plot(path: Path, records: list[Record]) -> None:
     units = {case.kernel: case.unit for case in CASES.values()}
     records = [record for record in records if record.metric == "speed"]
     panels = list(dict.fromkeys((r.kernel, r.mode) for r in records))
+    colour = {name: f"C{place % 10}" for place, name in enumerate(dict.fromkeys(r.provider for r in records))}
     figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 4.6), squeeze=False)
     for panel, (kernel, mode) in zip(axes[0], panels, strict=False):
         here = [r for r in records if (r.kernel, r.mode) == (kernel, mode)]
@@ -296,14 +297,15 @@ def write_plot(path: Path, records: list[Record]) -> None:
             middle = [r.p50 for r in mine]
             spread = [[r.p50 - r.p20 for r in mine], [r.p80 - r.p50 for r in mine]]
             if len(sizes) == 1:
-                panel.bar([name] * len(mine), middle, yerr=spread, capsize=3)
+                panel.bar([name] * len(mine), middle, yerr=spread, capsize=3, color=colour[name])
             else:
-                panel.errorbar([r.x for r in mine], middle, yerr=spread, marker="o", capsize=3, label=name)
+                style = {"marker": "o", "linestyle": "", "capsize": 3, "color": colour[name]}
+                panel.errorbar([r.x for r in mine], middle, yerr=spread, label=name, **style)
         title = f"{kernel}, {mode}" + (f", {sizes[0]}" if len(sizes) == 1 else "")
         panel.set(yscale="log", title=title, ylabel="ms", xlabel="" if len(sizes) == 1 else units[kernel])
         panel.tick_params(axis="x", rotation=60)
         if len(sizes) > 1:
-            panel.legend(fontsize="small")
+            panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if records:
         figure.suptitle(records[0].device, fontsize="medium")
     figure.tight_layout()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .console import Console
@@ -22,30 +24,30 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}  # spinning threads make a step man
 CONTROLLERS = ("gac", "fixed", "linear", "cosine", "kl", "srft", "hpt")
 OBJECTIVES = ("sapo", "grpo", "dapo", "dr-grpo", "cispo", "gspo", "dfpo")
 
-# Settings of TrainConfig that are options as they are: (name, type, what it is). None is the config's own default.
-SETTINGS: tuple[tuple[str, type, str], ...] = (
-    ("steps", int, "optimizer steps after the warm start"),
-    ("prompts_per_step", int, "prompts of a rollout batch"),
-    ("group_size", int, "completions a prompt"),
-    ("demonstrations_per_step", int, "demonstrations in a rollout batch"),
-    ("micro_batches", int, "passes whose gradients make one step"),
-    ("updates_per_rollout", int, "optimizer steps on one rollout batch"),
-    ("warmup_sft_steps", int, "supervised steps before the run proper"),
-    ("warmup_sft_batch", int, "demonstrations a step of them"),
-    ("learning_rate", float, "peak, of AdamW"),
-    ("max_new_tokens", int, "length limit of a completion"),
-    ("temperature", float, "of the rollouts"),
-    ("mu", float, "weight of the demonstrations, for --controller fixed"),
-    ("digits", int, "of the arithmetic task"),
-    ("demonstration_pool", int, "how many distinct demonstrations there are"),
-    ("tiny_hidden", int, "width of the tiny model"),
-    ("tiny_layers", int, "its layers"),
-    ("eval_size", int, "held-out problems"),
-    ("eval_every", int, "steps between evaluations, 0: before and after only"),
-    ("checkpoint_every", int, "steps between checkpoints, 0: only at the end"),
-    ("dtype", str, "of the weights: float32, bfloat16 or float64"),
-    ("device", str, "where everything runs"),
-    ("head", str, "auto: the loss from hidden states where the model's head is understood; logits: from its logits"),
+# Settings of TrainConfig that are options as they are: name, type, its default in words, what it is.
+SETTINGS: tuple[tuple[str, type, str, str], ...] = (
+    ("steps", int, "150", "optimizer steps after the warm start"),
+    ("prompts_per_step", int, "32", "prompts of a rollout batch"),
+    ("group_size", int, "4", "completions a prompt"),
+    ("demonstrations_per_step", int, "16", "demonstrations in a rollout batch"),
+    ("micro_batches", int, "1", "passes whose gradients make one step"),
+    ("updates_per_rollout", int, "1", "optimizer steps on one rollout batch"),
+    ("warmup_sft_steps", int, "300 of the tiny model, none of another", "supervised steps before the run proper"),
+    ("warmup_sft_batch", int, "32", "demonstrations a step of them"),
+    ("learning_rate", float, "5e-4 of the tiny model, 1e-6 of another", "peak, of AdamW"),
+    ("max_new_tokens", int, "48", "length limit of a completion"),
+    ("temperature", float, "1", "of the rollouts"),
+    ("mu", float, "0.5", "weight of the demonstrations, for --controller fixed"),
+    ("digits", int, "2", "of the arithmetic task"),
+    ("demonstration_pool", int, "all of a file, 128 of arithmetic", "how many distinct demonstrations there are"),
+    ("tiny_hidden", int, "128", "width of the tiny model"),
+    ("tiny_layers", int, "2", "its layers"),
+    ("eval_size", int, "256, at most a fifth of a file", "held-out problems"),
+    ("eval_every", int, "0", "steps between evaluations, 0: before and after only"),
+    ("checkpoint_every", int, "50", "steps between checkpoints, 0: only at the end"),
+    ("dtype", str, "float32", "of the weights: float32, bfloat16 or float64"),
+    ("device", str, "cpu", "where everything runs"),
+    ("head", str, "auto", "auto: the loss from hidden states where the head is understood; logits: from logits"),
 )
 
 
@@ -67,9 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kl-coef", type=float, default=0.0, help="weight of the KL penalty; brings --reference")
     parser.add_argument("--entropy-coef", type=float, default=0.0, help="weight of the entropy bonus")
     parser.add_argument("--fsdp", action="store_true", help="under torchrun: spread the weights over the ranks (FSDP2)")
-    settings = parser.add_argument_group("settings of the loop; default: gac_kernels.train.TrainConfig's")
-    for name, kind, what in SETTINGS:
-        settings.add_argument(f"--{name.replace('_', '-')}", type=kind, help=what)
+    parser.add_argument(
+        "--estimator", choices=("coefficient", "logit", "hidden"), help="of --controller gac (default: coefficient)"
+    )
+    settings = parser.add_argument_group("settings of the loop")
+    for name, kind, default, what in SETTINGS:
+        settings.add_argument(_option(name), type=kind, help=f"{what} (default: {default})")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -81,37 +86,60 @@ def run(args: argparse.Namespace, console: Console) -> int:
     require("transformers", package="transformers", purpose="gac-kernels train")
     if args.device is not None:
         pick_device(args.device)
-    given: dict[str, Any] = {name: getattr(args, name) for name, _, _ in SETTINGS if getattr(args, name) is not None}
+    given: dict[str, Any] = {name: value for name, *_ in SETTINGS if (value := getattr(args, name)) is not None}
+    for name, controller in (("mu", "fixed"), ("estimator", "gac")):
+        if getattr(args, name) is not None and args.controller != controller:
+            raise ValueError(f"--{name} is a setting of --controller {controller}, got --controller {args.controller}")
     if args.objective == "dr-grpo":
         given["advantage_scale"] = "none"
-    config = TrainConfig(
-        output=args.output,
-        model=args.model,
-        task=args.task,
-        objective=objective(args),
-        controller=args.controller,
-        reference=args.reference or args.kl_coef > 0 or args.controller == "kl",
-        seed=args.seed,
-        fsdp=args.fsdp,
-        **given,
-    )
+    first = int(os.environ.get("RANK", "0")) == 0  # one voice under torchrun
     try:
+        config = TrainConfig(
+            output=args.output,
+            model=args.model,
+            task=args.task,
+            objective=objective(args),
+            controller=args.controller,
+            reference=args.reference or args.kl_coef > 0 or args.controller == "kl",
+            seed=args.seed,
+            fsdp=args.fsdp,
+            **given,
+        )
+        if args.estimator is not None:
+            settings = replace(config.resolved_controller(), estimator=args.estimator)
+            config = replace(config, controller_config=settings)
+        if first and args.resume and not (config.output / "checkpoints").exists():
+            console.remark(f"nothing to resume in {config.output}: a new run begins")
+        finished = args.resume and (config.output / "summary.json").exists()
         result = train(config, resume=args.resume)
-    except CheckpointError as error:  # of what --output names
-        raise ValueError(str(error)) from error
-    if int(os.environ.get("RANK", "0")) != 0:  # one voice under torchrun
+    except (ValueError, CheckpointError) as error:  # a damaged checkpoint is one of what --output names
+        raise ValueError(_in_options(str(error))) from error
+    if not first:
         return 0
+    if finished:
+        console.remark(f"{config.output} was finished before: this is its result")
     rows = [
         ("accuracy before", f"{result.accuracy_before:.1%}"),
         ("accuracy after", f"{result.accuracy_after:.1%}"),
-        ("mu", f"{result.mu:.3f}"),
-        ("steps", str(result.steps)),
+        ("mu after the last step", f"{result.mu:.3f}"),
+        ("steps, after the warm start's", f"{result.steps}, {config.warmup_sft_steps}"),
         ("seconds", f"{result.seconds:.1f}"),
     ]
     console.table(f"{config.task} with {args.objective}, mixed by {args.controller}", ("", "value"), rows)
     console.text(f"report: {result.output / 'report.html'}")
     console.result(result.to_dict())
     return 0
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _in_options(text: str) -> str:
+    """An error of the loop's with its settings named as the command line does."""
+    for name, *_ in SETTINGS:
+        text = re.sub(rf"\b{name}(?== | must\b)" if "_" not in name else rf"\b{name}\b", _option(name), text)
+    return text.replace("resume=True", "--resume")
 
 
 def objective(args: argparse.Namespace) -> HybridObjective:

@@ -25,7 +25,7 @@ _BY_MODEL = {"warmup_sft_steps": (300, 0), "warmup_sft_lr": (2e-3, 1e-5), "learn
 _AT_LEAST = {
     "digits": 2, "tiny_hidden": 8, "tiny_layers": 1, "warmup_sft_steps": 0, "warmup_sft_batch": 1, "steps": 0,
     "prompts_per_step": 0, "group_size": 1, "demonstrations_per_step": 0, "micro_batches": 1, "updates_per_rollout": 1,
-    "lr_warmup": 0, "max_new_tokens": 1, "eval_size": 1, "eval_every": 0, "eval_batch": 1, "checkpoint_every": 0,
+    "lr_warmup": 0, "max_new_tokens": 1, "eval_every": 0, "eval_batch": 1, "checkpoint_every": 0,
     "checkpoint_keep": 1, "seed": 0,
 }  # fmt: skip
 _RANGES = {
@@ -69,7 +69,8 @@ class TrainConfig:
         max_new_tokens: length limit of a completion; every demonstration must fit in it.
         temperature: of the rollouts and of their log-probs. Demonstrations are scored at 1.
         reference: keep a frozen copy of the model the run proper starts from; the KL is measured against it.
-        eval_size, eval_every: held-out problems and the steps between evaluations (0: only before and after).
+        eval_size, eval_every: held-out problems (None: 256, of a file at most a fifth of its lines) and the steps
+            between evaluations (0: only before and after).
         eval_batch: problems decoded at once.
         checkpoint_every, checkpoint_keep: steps between checkpoints (0: only the last) and how many are kept.
         seed: of weights, data order and sampling.
@@ -113,7 +114,7 @@ class TrainConfig:
     max_new_tokens: int = 48
     temperature: float = 1.0
     reference: bool = False
-    eval_size: int = 256
+    eval_size: int | None = None
     eval_every: int = 0
     eval_batch: int = 256
     checkpoint_every: int = 50
@@ -206,7 +207,7 @@ class TrainConfig:
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
-        for name in ("mixing_horizon", "demonstration_pool"):
+        for name in ("mixing_horizon", "demonstration_pool", "eval_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be None or an int >= 1, got {value!r}")

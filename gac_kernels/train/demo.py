@@ -29,6 +29,7 @@ from .metrics import METRICS_FILE, read_metrics
 from .report import write_report
 
 POOL = 160  # demonstrations, of 8,100 problems
+PROBLEMS, SMOKE_PROBLEMS = 500, 50  # held out
 THREADS = 2
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -44,7 +45,7 @@ def warm_config(output: Path, seed: int, *, smoke: bool = False) -> TrainConfig:
         warmup_sft_batch=8 if smoke else 32,
         steps=0,
         max_new_tokens=24,
-        eval_size=50 if smoke else 500,
+        eval_size=SMOKE_PROBLEMS if smoke else PROBLEMS,
         eval_batch=500,
         checkpoint_every=0,
         seed=seed,
@@ -105,7 +106,8 @@ def run_demo(output: str | Path, seed: int = 0, *, smoke: bool = False, progress
         before = _announced("warm start", warm, progress).accuracy_after
         arms = arm_configs(warm, smoke=smoke)
         sft, gac = (_announced(name, config, progress).accuracy_after for name, config in arms.items())
-    outcome = _outcome(before, sft, gac, warm.eval_size, read_metrics(arms["gac"].output / METRICS_FILE))
+    problems = SMOKE_PROBLEMS if smoke else PROBLEMS
+    outcome = _outcome(before, sft, gac, problems, read_metrics(arms["gac"].output / METRICS_FILE))
     extra = {
         "Held-out accuracy of the shared warm start": f"{outcome['accuracy_before']:.1%}",
         "after SFT alone": f"{outcome['accuracy_sft']:.1%}",
@@ -115,7 +117,7 @@ def run_demo(output: str | Path, seed: int = 0, *, smoke: bool = False, progress
     runs = {"SFT alone": arms["sft"].output, "GAC": arms["gac"].output}
     outcome["report"] = str(write_report(output, title="SFT alone and GAC from one warm start", extra=extra, runs=runs))
     outcome["seconds"] = time.perf_counter() - began
-    _print(outcome, warm.eval_size)
+    _print(outcome, problems)
     if smoke:
         print("This was the smoke run: too short to learn anything.")
     return outcome

@@ -210,6 +210,8 @@ class Trainer:
             began = time.perf_counter()
             self.mixing.step(logged["kl"] if self.reference is not None else None)
             controller_seconds += time.perf_counter() - began
+        if self.reference is None:
+            del logged["kl"]  # to nothing
         return logged, controller_seconds
 
     def _base(self, objective: HybridObjective, rows: RolloutBatch) -> dict[str, Tensor | None] | None:

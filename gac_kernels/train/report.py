@@ -145,8 +145,11 @@ def _figures(run: _Run) -> Iterator[tuple[str, str]]:
     if (reward := run.values("reward")).size:
         yield "Reward, last tenth of the run", f"{_last_tenth(reward):.3f}"
     if (mu := run.values("mu")).size:
-        yield "&mu; at the end", f"{mu[-1]:.3f}"
-    yield "Steps", f"{run.span[1]:,}"
+        yield "&mu; of the last step", f"{mu[-1]:.3f}"
+    if run.warmup:
+        yield "Steps, warm start + run", f"{run.warmup:,} + {run.span[1] - run.warmup:,}"
+    else:
+        yield "Steps", f"{run.span[1]:,}"
     if (whole := run.values("step_seconds", after=run.warmup)).size:
         yield "Seconds a step, median", f"{np.median(whole):.3g}"
         if (controller := run.values("controller_seconds", after=run.warmup)).size:

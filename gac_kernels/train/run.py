@@ -32,7 +32,8 @@ def _run(config: TrainConfig, ranks: Ranks, *, resume: bool, progress: bool) -> 
         sitting.run(None)
         sitting.trainer.engine.weights()  # the first rank gathers them to save
         return sitting.result()
-    _write_json(config, "config.json", config.to_dict())
+    in_force = {"controller_in_force": str(config.resolved_controller())} if config.controller == "gac" else {}
+    _write_json(config, "config.json", config.to_dict() | in_force)
     resume_step = None if checkpoint is None else checkpoint.step
     with MetricsWriter(config.output, resume_step=resume_step, total_steps=config.total_steps, show=progress) as writer:
         sitting.run(writer)
@@ -52,7 +53,7 @@ def _open_output(config: TrainConfig, resume: bool) -> Checkpoint | None:
         if (config.output / name).exists():
             raise ValueError(
                 f"output: {config.output} holds a run already ({name}); "
-                "continue it with resume=True or name another directory"
+                "continue it with resume=True, or name another directory"
             )
     return None
 

@@ -19,6 +19,8 @@ from typing import Protocol
 
 from .config import TrainConfig
 
+EVAL_SIZE = 256  # held-out problems, unless told otherwise
+
 
 @dataclass(frozen=True)
 class Example:
@@ -76,7 +78,9 @@ class ArithmeticTask:
     problem is ever asked in the evaluation.
     """
 
-    def __init__(self, *, digits: int = 3, demonstrations: int = 128, eval_size: int = 256, seed: int = 0) -> None:
+    def __init__(
+        self, *, digits: int = 3, demonstrations: int = 128, eval_size: int = EVAL_SIZE, seed: int = 0
+    ) -> None:
         if digits < 2:
             raise ValueError(f"digits must be >= 2, got {digits}")
         self.digits, self.demonstrations, self.seed = digits, demonstrations, seed
@@ -157,16 +161,18 @@ def ends_with_answer(completion: str, answer: str) -> bool:
 class JsonlTask:
     """A user's own problems: one JSON object a line with ``prompt``, ``answer`` and, optionally, ``demonstration``.
 
-    ``eval_size`` lines, chosen by the seed, are held out. The reward is 1 if the completion ends with the answer after
-    normalisation (:func:`ends_with_answer`). Blank lines are skipped; anything else that does not fit raises ValueError
-    naming file, line and field.
+    ``eval_size`` lines (None: 256, at most a fifth), chosen by the seed, are held out. The reward is 1 if the
+    completion ends with the answer after normalisation (:func:`ends_with_answer`). Blank lines are skipped; anything
+    else that does not fit raises ValueError naming file, line and field.
     """
 
     def __init__(
-        self, path: str | Path, *, demonstrations: int | None = None, eval_size: int = 64, seed: int = 0
+        self, path: str | Path, *, demonstrations: int | None = None, eval_size: int | None = None, seed: int = 0
     ) -> None:
         self.path, self.seed = Path(path), seed
         examples = self._read()
+        if eval_size is None:
+            eval_size = max(1, min(EVAL_SIZE, len(examples) // 5))
         if not 0 < eval_size < len(examples):
             raise ValueError(
                 f"eval_size must leave a line to train on: expected 1 to {len(examples) - 1} for the "
@@ -235,16 +241,20 @@ def _parse(line: bytes, where: str) -> Example:
 
 def build_task(config: TrainConfig) -> Task:
     """The task that the config names; raises ValueError where the run needs demonstrations and there are none."""
-    settings = {"eval_size": config.eval_size, "seed": config.seed}
-    task: Task
-    if config.task == "arithmetic":
-        pool = 128 if config.demonstration_pool is None else config.demonstration_pool
-        task = ArithmeticTask(digits=config.digits, demonstrations=pool, **settings)
+    pool, size, task = config.demonstration_pool, config.eval_size, config.task
+    built: Task
+    if task == "arithmetic":
+        built = ArithmeticTask(
+            digits=config.digits,
+            demonstrations=128 if pool is None else pool,
+            eval_size=EVAL_SIZE if size is None else size,
+            seed=config.seed,
+        )
     else:
-        task = JsonlTask(config.task, demonstrations=config.demonstration_pool, **settings)
-    if not task.demonstrations and (config.warmup_sft_steps or config.demonstrations_per_step):
+        built = JsonlTask(task, demonstrations=pool, eval_size=size, seed=config.seed)
+    if not built.demonstrations and (config.warmup_sft_steps or config.demonstrations_per_step):
         raise ValueError(
-            f"task: {config.task} has no line with a demonstration to train on; "
+            f"task: {task} has no line with a demonstration to train on; "
             "expected some, or warmup_sft_steps=0, demonstrations_per_step=0, controller='fixed', mu=0.0"
         )
-    return task
+    return built

@@ -24,6 +24,7 @@ from gac_kernels.train.config import TrainConfig
         ({"mu": "0.5"}, TypeError, "mu must be a number"),
         ({"mu": 1.5}, ValueError, "mu must be finite and in"),
         ({"mixing_horizon": 0}, ValueError, "mixing_horizon"),
+        ({"eval_size": 0}, ValueError, "eval_size must be None or an int >= 1, got 0"),
         ({"controller": "magic"}, ValueError, "controller must be one of gac, fixed"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of"),
         ({"objective": "sapo"}, TypeError, "objective must be a HybridObjective"),

@@ -192,6 +192,7 @@ def test_the_reference_is_the_model_after_the_warm_start():
     logged = steps(trainer, 2)
     assert same(trainer.reference.model.state_dict(), after)
     assert all(m["mu"] == 1.0 and m["policy_loss"] == 0.0 for m in warm)
+    assert "kl" not in warm[0]  # there is nothing yet that it could be measured to
     assert logged[0]["kl"] == 0.0 < logged[1]["kl"]
 
 
@@ -252,7 +253,9 @@ def test_a_run_leaves_what_it_promises_and_its_model_starts_another(tmp_path):
     assert evaluated.keys() == {2, 4, 5}
     assert (evaluated[2], evaluated[5]) == (result.accuracy_before, result.accuracy_after)
     assert json.loads((config.output / "summary.json").read_text()) == result.to_dict()
-    assert json.loads((config.output / "config.json").read_text()) == config.to_dict()
+    settings = json.loads((config.output / "config.json").read_text())
+    assert settings.pop("controller_in_force") == str(config.resolved_controller())
+    assert settings == config.to_dict()
     assert (config.output / "report.html").stat().st_size > 10_000
     assert list((config.output / "tensorboard").iterdir())
 

@@ -119,7 +119,7 @@ def test_it_is_one_well_formed_file_that_loads_nothing(full_page: str) -> None:
 def test_key_figures_tables_and_settings(full_page: str) -> None:
     text = re.sub(r"[ \n]+", " ", " ".join(Page(full_page).text))
     assert "Accuracy, before → after 12.5\u202f% → 75.0\u202f%" in text
-    assert "Steps 69" in text
+    assert "Steps, warm start + run 10 + 59" in text
     assert "speed-up 14.6" in text
     assert "Controller’s share of the time 0.2\u202f%" in text
     assert "kl 0.01 0.0169 0.01 0.0169" in text  # first, last, least, greatest

@@ -91,6 +91,14 @@ def test_jsonl_holds_lines_out_and_keeps_to_the_pool(lines):
     assert {task.demonstration(p).prompt for p in range(30)} <= trained - {"q7"}
 
 
+def test_a_fifth_of_a_small_file_is_held_out(lines, tmp_path):
+    assert len(JsonlTask(lines).evaluation()) == 4  # of 20
+    assert len(build_task(TrainConfig(tmp_path / "o", task=str(lines))).evaluation()) == 4
+    two = _jsonl(tmp_path / "two.jsonl", [{"prompt": "p", "answer": str(i), "demonstration": "d"} for i in range(2)])
+    assert len(JsonlTask(two).evaluation()) == 1
+    assert len(build_task(TrainConfig(tmp_path / "o")).evaluation()) == 256
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
