@@ -31,8 +31,7 @@ demo: $(STAMP)
 	$(BIN)/gac-kernels bench --kernel hidden --shape $(HEAD) --seconds 2 --providers eager --backend cpu
 
 test: $(STAMP)
-# Whole files, whose fixtures compile kernels and start processes, in the order of conftest.py.
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile  # whole files, whose fixtures compile kernels and start processes
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -22,17 +22,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# Files that take a minute and more. The first to begin, for whoever got one of them last would keep all others waiting.
-LONG = (
-    "test_ranks", "test_trl_distributed", "test_study", "test_triton", "test_triton_aot", "test_cuda_controller",
-    "test_cuda_token_loss", "test_trl", "test_trl_sft", "test_cli",
-)  # fmt: skip
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
-
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """`torch.empty` and its kin come filled with NaN (integers: their largest value)."""
