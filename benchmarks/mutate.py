@@ -220,6 +220,15 @@ MUTATIONS = {
         f"{TRITON}/row_kernel.py", "do_not_specialize=[\"N\", \"B\", \"V\",", "do_not_specialize=[\"N\", \"B\",",
         ("tests/test_triton_aot.py", "-k", "a_new_length"), 21,
     ),
+    "the padded length is a constant to the compiler": Mutation(
+        "gac_kernels/schemas.py", "Tensor logprobs, Tensor mask, Tensor? cu_seqlens, SymInt seq_len",
+        "Tensor logprobs, Tensor mask, Tensor? cu_seqlens, int seq_len",
+        ("tests/test_citizenship.py", "-k", "new_length"), 21,
+    ),
+    "one temperature is spread without a copy": Mutation(
+        "gac_kernels/ops/rows.py", ".expand(targets.shape).reshape(-1).contiguous()",
+        ".expand(targets.shape).reshape(-1)", ("tests/test_edges.py", "-k", "one_temperature"), 11,
+    ),
     "a sequence begins a token late": Mutation(
         f"{REFERENCE}/terms.py", "torch.bucketize(position_N, batch.cu_seqlens[1:], right=True)",
         "torch.bucketize(position_N, batch.cu_seqlens[1:])", ("tests/test_edges.py", "-k", "packed_sequence"), 22,
