@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Plain `torch` brings several GB of CUDA packages. Override to keep or pick a build: make TORCH=torch demo
 TORCH ?= torch==2.13.0
-# What the demo's last benchmark is of: hidden states x vocabulary.
+# What the demo times: losses of these, and of so many hidden states x vocabulary.
+KERNELS ?= token logits
 HEAD ?= 4096x8000
 # Test processes side by side.
 JOBS ?= 2
@@ -27,7 +28,7 @@ $(STAMP): $(BIN)/python $(SOURCES)
 demo: $(STAMP)
 	rm -rf runs/demo
 	$(BIN)/python -m gac_kernels.train.demo --output runs/demo $(DEMO_ARGS)
-	$(BIN)/gac-kernels bench --modes full --seconds 2 --providers gac-cpu,eager,eager-loss --backend cpu
+	$(BIN)/gac-kernels bench --kernel $(KERNELS) --modes full --seconds 2 --providers gac-cpu,eager,eager-loss --backend cpu
 	$(BIN)/gac-kernels bench --kernel hidden --shape $(HEAD) --seconds 2 --providers eager --backend cpu
 
 test: $(STAMP)
