@@ -9,7 +9,9 @@ HEAD ?= 4096x8000
 # Test processes side by side.
 JOBS ?= 2
 BIN := $(VENV)/bin
-# Without bytecode: most of what is installed is never imported.
+# Most of what is installed is never imported: bytecode is made at the first import. A shell that forbids that (the
+# variable is set in many images) would have every process of tests and demo compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install -q --no-compile
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp)
