@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import library, reference
 from .products import Gradients, Head
-from .schemas import DEMONSTRATION, decode
+from .schemas import DEAD, ROLLOUT, decode
 from .shards import VocabularyShard
 
 
@@ -46,24 +46,30 @@ class _Base:
         return part if self.head is None else self.head.logits(part).to(dtype)
 
 
+def _host_may_wait(kind: Tensor) -> bool:
+    return not (kind.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 class _Live:
     """The live rows in the order of work, and their way back. With GIFT rollouts come first: only demonstrations need
-    the base model."""
+    the base model. A host that may not wait for their number takes all rows as they are, the dead ones as zeros: 0 nan
+    in the head's gradient would be nan."""
 
     def __init__(self, kind: Tensor, chunk: int, gift: bool) -> None:
         count = kind.numel()
-        capturing = kind.is_cuda and torch.cuda.is_current_stream_capturing()
         self.total, self.split = count, 0
         self.chosen: Tensor | None = None
-        if not capturing:  # a host that may not wait for the count takes all rows as they are
-            if gift:
-                rollouts = ((kind != 0) & (kind != DEMONSTRATION)).nonzero()[:, 0]
-                self.split = len(rollouts)
-                self.chosen = torch.cat((rollouts, (kind == DEMONSTRATION).nonzero()[:, 0]))
-            else:
-                self.chosen = kind.nonzero()[:, 0]
-                if len(self.chosen) == count:
-                    self.chosen = None
+        self.dead: Tensor | None = None
+        if not _host_may_wait(kind):
+            self.dead = kind == DEAD
+        elif gift:
+            order = kind.sort(stable=True).indices  # dead, rollouts, demonstrations
+            dead, self.split = torch.stack(((kind == DEAD).sum(), (kind == ROLLOUT).sum())).tolist()
+            self.chosen = order[dead:]
+        else:
+            self.chosen = kind.nonzero()[:, 0]
+            if len(self.chosen) == count:
+                self.chosen = None
         self.count = count if self.chosen is None else len(self.chosen)
         begins = [(0, self.split), (self.split, self.count)]
         self.chunks = [slice(b, min(b + chunk, end)) for begin, end in begins for b in range(begin, end, chunk)]
@@ -72,7 +78,8 @@ class _Live:
         return value if value is None or self.chosen is None else value.index_select(0, self.chosen)
 
     def rows_of(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        return _pick(hidden, slice(None) if self.chosen is None else self.chosen).to(dtype)
+        rows = _pick(hidden, slice(None) if self.chosen is None else self.chosen).to(dtype)
+        return rows if self.dead is None else rows.masked_fill(self.dead[:, None], 0.0)
 
     def put(self, value_R: Tensor) -> Tensor:
         """One a row of the batch again; 0 in dead rows."""

@@ -13,7 +13,7 @@ from logit_support import DTYPES, TRANSFORMS
 from support import POLICIES, policy_name
 
 import gac_kernels as gk
-from gac_kernels import products, reference
+from gac_kernels import linear, products, reference
 
 pytestmark = pytest.mark.usefixtures("backend")
 OBJECTIVE = gk.HybridObjective(kl_coef=0.1)
@@ -91,6 +91,16 @@ def test_frozen_parts(policy, wanted, monkeypatch):
     monkeypatch.setattr(products.Gradients, "_add_product", lambda self, *args: (weights.append(1), add(self, *args)))
     case.check(objective, wanted=wanted, chunk_tokens=6)
     assert bool(weights) == ("weight" in wanted)
+
+
+@pytest.mark.parametrize("supervised", [gk.NLL(), gk.GIFT(3.0)], ids=["nll", "gift"])
+@pytest.mark.parametrize("policy", [gk.SAPO(), gk.DFPO()], ids=policy_name)
+def test_all_rows_where_the_host_may_not_wait(policy, supervised, monkeypatch):
+    """As while a CUDA graph is captured: dead rows are in the products, and what they hold, nan, is not."""
+    monkeypatch.setattr(linear, "_host_may_wait", lambda kind: False)
+    case = HiddenCase(dtype=torch.float64, base=isinstance(supervised, gk.GIFT))
+    assert case.hidden[~case.batch.mask].isnan().all()
+    case.check(gk.HybridObjective(policy, supervised, entropy_coef=0.1), chunk_tokens=4)
 
 
 def test_masked_rows_never_enter_the_products(monkeypatch):

@@ -179,7 +179,8 @@ def hybrid_loss_from_hidden(
     Under autocast the products are in its dtype, as a linear layer's. The weight's gradient is summed over chunks in
     float32 and rounded once. On a CPU without bfloat16 instructions 16-bit products run in float32, which is faster
     there and leaves logits unrounded. Results repeat bit for bit; another chunk size moves them by the rounding of the
-    products. On a GPU the host waits once, for the number of live tokens, unless a CUDA graph is being captured.
+    products. On a GPU the host waits for the number of live tokens, once in each look at them, unless a CUDA graph is
+    being captured.
     """
     inputs.check_objective(objective, batch)
     transform = checked_transform(transform)
