@@ -58,6 +58,9 @@ def accumulate_moments_(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> 
             )
         if not running.is_contiguous():
             raise ValueError(f"sums[{place}] must be contiguous, got strides {running.stride()}")
+    places = [running.data_ptr() for running in sums if running.numel()]
+    if len(set(places)) < len(places):
+        raise ValueError("sums must be tensors of their own, got one more than once")
     if not sums:
         return torch.zeros((), dtype=torch.float64)
     norm2: Tensor = call("accumulate_moments_", list(sums), _dense(gradients))
