@@ -14,6 +14,7 @@ struct Grid1 {
     int threads;
     size_t shared_bytes = 0;
     int cluster = 1;
+    size_t most_shared_bytes = 0;  // that any launch of this kernel asks for on this device, where they differ
 };
 
 #ifdef GAC_EMULATE
@@ -34,10 +35,13 @@ inline void check(const char* what, cudaError_t error) {
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), Grid1 grid, void* stream, const A&... arguments) {
     if (grid.blocks == 0) return;
-    if (grid.shared_bytes > 48 * 1024)  // more must be asked for, once a kernel and device; asking again costs 100 ns
+    // More must be asked for: as much as any launch does, for the limit is the kernel's, and another thread of the host
+    // may launch it for longer rows at the same time.
+    const size_t most = grid.most_shared_bytes > grid.shared_bytes ? grid.most_shared_bytes : grid.shared_bytes;
+    if (grid.shared_bytes > 48 * 1024)
         check(name, cudaFuncSetAttribute(
             reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-            static_cast<int>(grid.shared_bytes)));
+            static_cast<int>(most)));
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));

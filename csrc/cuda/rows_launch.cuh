@@ -23,14 +23,16 @@ void launch_of(const RowsCall<typename E::Sum>& call, int64_t rows, void* stream
     const int64_t vectors = (call.columns - 1) / E::Width + 1, slice = (vectors - 1) / cluster + 1;
     const int threads = device.threads;
     const size_t fixed = row_shared_bytes<T>(threads, 0), budget = device.shared_bytes < kBudget ? device.shared_bytes : kBudget;
+    const int64_t most = static_cast<int64_t>((budget - fixed) / (16 * static_cast<size_t>(threads)));
     int64_t held = 0;
     if (Task == RowTask::kFused || (Task == RowTask::kStatistics && call.base.data)) {
-        const int64_t most = static_cast<int64_t>((budget - fixed) / (16 * static_cast<size_t>(threads)));
         held = (slice - 1) / threads + 1;
         if (held > most) held = most;
     }
     if (rows > kMostBlocks / cluster) throw std::runtime_error("row kernels take fewer than 2^28 rows");
-    const Grid1 grid{rows * cluster, threads, row_shared_bytes<T>(threads, static_cast<int>(held)), cluster};
+    const Grid1 grid{
+        rows * cluster, threads, row_shared_bytes<T>(threads, static_cast<int>(held)), cluster,
+        row_shared_bytes<T>(threads, static_cast<int>(most))};
     launch("row_kernel", row_kernel<E, Task, Capped>, grid, stream, call, RowPlan{static_cast<int>(held)});
 }
 
