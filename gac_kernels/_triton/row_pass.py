@@ -163,8 +163,12 @@ def gradient_tile(
     if gift is None:
         dz = p * -slope
     else:
-        q = base_probability(base, base_start, i, V, base_top, base_log_sum, keep, uniform, dtype, LANES, WIDTH)
-        dz = (tl.where(gift, inverse * q, 0.0) - p) * slope
+        t = tl.zeros_like(p)
+        if gift:  # the base row of a rollout is not read
+            t = inverse * base_probability(
+                base, base_start, i, V, base_top, base_log_sum, keep, uniform, dtype, LANES, WIDTH
+            )
+        dz = (t - p) * slope
     if BONUS:
         log_p = d * k.to(dtype) - log_sum.to(dtype)
         dz -= bonus * (p * (tl.where(p > 0.0, log_p, 0.0) + entropy))
