@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import triton
 
 BENCHES = ("bench", "logits-bf16", "logits-small", "logits-fp32", "hidden-bf16")
-OBJECTS = ("doctor", *BENCHES, "overhead-tiny", "overhead-qwen2")  # steps that print JSON
+OBJECTS = ("doctor", *BENCHES, "overhead-qwen2")  # steps that print JSON
 
 
 def last_object(path: Path) -> dict[str, Any] | None:
@@ -39,13 +40,13 @@ def main(logs: Path, results: Path) -> int:
     steps = [line.split() for line in (logs / "steps").read_text().splitlines()]
     ran, failed = {name for name, *_ in steps}, [name for name, status, _ in steps if status != "0"]
     device = torch.cuda.get_device_name()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     found = {
         "device": device,
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
         "sources": sources(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -66,10 +67,9 @@ def main(logs: Path, results: Path) -> int:
                 f"{record['kernel']:<11} {record['x']:>21} {record['mode']:<8} {record['provider']:<14} "
                 f"{record['p50']:9.4f} ms  {record['floor_ratio']:7.2f} x floor"
             )
-    for name in ("overhead-tiny", "overhead-qwen2"):
-        if (overhead := found[name]) is not None:
-            share, step = overhead["controller_share"], overhead["step_seconds"]
-            print(f"{name}: controller {share:.3%} of a step of {step * 1e3:.1f} ms")
+    if (overhead := found["overhead-qwen2"]) is not None:
+        share, step = overhead["controller_share"], overhead["step_seconds"]
+        print(f"overhead-qwen2: controller {share:.3%} of a step of {step * 1e3:.1f} ms")
     print(f"\n{'step':<16}{'status':>8}{'seconds':>9}")
     for name, status, seconds in steps:
         print(f"{name:<16}{'ok' if status == '0' else 'FAILED ' + status:>8}{seconds:>9}")

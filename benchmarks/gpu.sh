@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: build, GPU tests, compute-sanitizer, bench, overhead. A run ends within LIMIT seconds
 # (default 530); what it then has not got to has failed, and can be asked for by name in a second run.
-# Needs python3 with torch, triton and pytest on the PATH, and no package index. Writes RESULTS/<device>.json
+# Needs python3 with torch, triton, pytest and pytest-xdist on the PATH, and no package index. Writes RESULTS/<device>.json
 # (default: benchmarks/results), prints a table last, and exits non-zero if any step failed or there is no GPU.
 # With STEPs only those (and the build) are run; what earlier runs of the same sources found stays in the file.
 # Peers that are installed take part: liger-kernel, trl, verl. The large logits take 78 GiB of GPU memory.
@@ -55,15 +55,15 @@ ARCHITECTURE=$(python3 -c 'import torch; a, b = torch.cuda.get_device_capability
 step build 200 env GAC_KERNELS_REQUIRE_EXT=1 GAC_KERNELS_CUDA=1 GAC_KERNELS_CUDA_ARCHITECTURES="$ARCHITECTURE" \
     python3 setup.py build_ext --inplace
 step doctor 60 python3 -m gac_kernels doctor --json
-step tests 150 python3 -m pytest -q -m gpu -p no:cacheprovider tests
+# Side by side, for most of the time Triton compiles: some 130 kernels.
+step tests 240 python3 -m pytest -q -n 6 -p no:cacheprovider tests/test_gpu.py tests/test_gpu_controller.py
 # Compiles Triton's kernels: the sanitizers then spend their time running them.
 for backend in triton cuda; do step "sanitize-$backend" 60 python3 benchmarks/sanitize.py $backend; done
 sanitize memcheck cuda
 sanitize synccheck cuda
 LOGITS=(python3 -m gac_kernels bench --kernel logits --device cuda --backend triton,cuda --seconds 2 --json)
 step logits-bf16 120 "${LOGITS[@]}" --dtype bf16 --shape 16384x151936 # 4.98 GB of logits, 9.96 GB to move
-step bench 90 python3 -m gac_kernels bench --kernel token --device cuda --shape 64x2048 512x8192 --seconds 2 --json
-step overhead-tiny 60 python3 -m gac_kernels overhead --device cuda --model tiny --seconds 8 --json
+step bench 150 python3 -m gac_kernels bench --kernel token --device cuda --shape 64x2048 512x8192 --seconds 2 --json
 step overhead-qwen2 60 python3 -m gac_kernels overhead --device cuda --model qwen2-0.5b-head --seconds 8 --json
 sanitize racecheck cuda
 sanitize initcheck cuda

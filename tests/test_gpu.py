@@ -28,8 +28,10 @@ def backend(request):
         pytest.skip(str(error))
 
 
-def test_what_the_table_says_serves(backend):
+def test_what_the_table_says_serves(backend, monkeypatch):
     serving = {name: of for name, device, of in library.table() if device == "cuda"}
+    assert gk.backends()["cuda"].startswith(f"{backend}:")
+    monkeypatch.setattr(library, "_forced", None)
     assert gk.backends()["cuda"].startswith(serving["fused_rows"] + ":")
     assert serving["controller_step"] == ("cuda" if backend == "cuda" else serving["controller_step"])
 
@@ -116,7 +118,7 @@ def test_rows_against_float64(V, dtype):
 def test_hidden_states_against_float64(dtype, policy):
     """In one chunk and in several, whose 16-bit products are summed in float32."""
     objective = gk.HybridObjective(policy, kl_coef=0.1)
-    for chunk in (None, 7):
+    for chunk in (None, 16):  # other lengths begin on other boundaries, for which Triton compiles anew
         case = HiddenCase((40, 9, 30), (False, True, False), H=64, V=3001, dtype=dtype, poison=False)
         want, want_gradients = case.oracle(objective)
         moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in vars(case.batch).items()}
@@ -146,7 +148,7 @@ def captured(step):
 
 def test_a_cuda_graph_takes_every_row_of_hidden_states():
     """Nothing waits for the number of live rows while a graph is captured."""
-    case = HiddenCase((4, 3), (False, True), H=64, V=500, poison=False)
+    case = HiddenCase((4, 3), (False, True), H=64, V=500)  # hidden states and targets of dead rows are nan and -100
     moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in vars(case.batch).items()}
     case.batch, case.hidden = gk.TokenBatch(**moved), case.hidden.cuda()
     case.weight, case.bias = case.weight.cuda(), case.bias.cuda()
