@@ -1,7 +1,8 @@
 """The row primitives on Triton: one launch each, whatever the lengths.
 
 Nothing here reads the device. Compiled anew is only for another task, objective, dtype or choice of optional inputs,
-and for each of three ranges of row lengths, which differ in the warps at work on a row.
+for a tensor that begins off a 16-byte boundary, and for each of three ranges of row lengths, which differ in the warps
+at work on a row.
 """
 
 from contextlib import AbstractContextManager, nullcontext
