@@ -48,6 +48,8 @@ std::tuple<Tensor, Tensor> controller_step(
         smooth_mu, ema_beta, update_every, blend, change_cap, mu_min, mu_max, disagreement_cap,
         in.code("prior", prior, kNoPrior, kCosinePrior), warmup, decay, peak, valley, kl_target, kl_low, kl_high, kl_gain};
     STD_TORCH_CHECK(update_every >= 1, in.op, ": update_every must be at least 1, got ", update_every);
+    // Places in the sorted rows are counted from it.
+    STD_TORCH_CHECK(trim >= 0 && trim < 0.5, in.op, ": trim must be in [0, 0.5), got ", trim);
     STD_TORCH_CHECK(!rows || !estimate, in.op, ": rows and estimate exclude each other");
 
     call.state = in.data<double>("state", state, kStateNumbers);

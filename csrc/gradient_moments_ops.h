@@ -15,7 +15,9 @@ inline Element gradient_element(const Inputs& in, const char* list, size_t place
     const std::string name = std::string(list) + "[" + std::to_string(place) + "]";
     in.check_device(name.c_str(), tensor);
     STD_TORCH_CHECK(tensor.is_contiguous(), in.op, ": ", name, " must be contiguous");
-    return element_of(in, name.c_str(), tensor);
+    const Element element = element_of(in, name.c_str(), tensor);
+    in.check_memory(name.c_str(), tensor, tensor.numel(), bytes_of(element));
+    return element;
 }
 
 template <class Run>

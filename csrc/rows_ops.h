@@ -34,6 +34,10 @@ inline Grid grid_of(const Inputs& in, const char* name, const Tensor& tensor, El
     STD_TORCH_CHECK(
         tensor.size(2) <= 1 || tensor.stride(2) == 1, in.op, ": ", name, " must have stride 1 in its last dimension");
     const int64_t bytes = bytes_of(element);
+    if (tensor.numel() > 0)
+        in.check_memory(
+            name, tensor,
+            (tensor.size(0) - 1) * tensor.stride(0) + (tensor.size(1) - 1) * tensor.stride(1) + tensor.size(2), bytes);
     return {
         static_cast<char*>(tensor.data_ptr()), std::max<int64_t>(1, tensor.size(1)), tensor.stride(0) * bytes,
         tensor.stride(1) * bytes};

@@ -59,6 +59,18 @@ struct Inputs {
             " must be on the device of the operator's first tensor");
     }
 
+    // `reach` elements of `bytes` bytes from the tensor's first on lie inside its storage, which others may have shrunk
+    // (FSDP frees parameters so): a shape alone says nothing about memory.
+    void check_memory(const char* name, const Tensor& tensor, int64_t reach, int64_t bytes) const {
+        if (reach <= 0) return;
+        int64_t offset, held;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &held));
+        STD_TORCH_CHECK(
+            offset >= 0 && reach <= held / bytes - offset, op, ": ", name, " must lie inside its storage, which holds ",
+            held, " bytes: its memory was freed");
+    }
+
     // The data of a contiguous tensor of `size` elements; bool comes as bytes.
     template <class T>
     const T* data(const char* name, const Tensor& tensor, int64_t size) const {
@@ -70,12 +82,20 @@ struct Inputs {
         STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
         STD_TORCH_CHECK(
             tensor.numel() == size, op, ": ", name, " must have ", size, " elements, got ", tensor.numel());
+        check_memory(name, tensor, size, sizeof(T));
         return static_cast<const T*>(tensor.const_data_ptr());
     }
 
     template <class T>
     const T* data(const char* name, const OptionalTensor& tensor, int64_t size) const {
         return tensor ? data<T>(name, *tensor, size) : nullptr;
+    }
+
+    // Of DFPO the parameters are numbers of choices.
+    void check_choices(bool dfpo, double p0, double p1) const {
+        STD_TORCH_CHECK(
+            !dfpo || ((p0 == 0 || p0 == 1) && (p1 == 0 || p1 == 1)), op, ": p0 and p1 must be 0 or 1 for DFPO, got ", p0,
+            " and ", p1);
     }
 
     int code(const char* name, int64_t value, int low, int high) const {

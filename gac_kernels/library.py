@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from . import eager
+from .arguments import checked
 from .schemas import COMPOSITES, FAKES, SCHEMAS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -135,7 +136,8 @@ def _forms(name: str) -> tuple[str, ...]:
 
 
 def _define(name: str) -> None:
-    plain, triton = getattr(eager, name), _triton(_TRITON[name], name) if name in _TRITON else None
+    plain = checked(name, SCHEMAS[name], getattr(eager, name))
+    triton = checked(name, SCHEMAS[name], _triton(_TRITON[name], name)) if name in _TRITON else None
     for form in _forms(name):
         _lib.define(form + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"gac_kernels::{form}", FAKES[name], lib=_lib)
@@ -159,7 +161,7 @@ def define_composite(name: str, function: Callable[..., Any]) -> Callable[..., A
     """Make ``function``, made of other operators, the operator ``name`` on every device: opaque to a compiler."""
     _lib.define(name + COMPOSITES[name], tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"gac_kernels::{name}", FAKES[name], lib=_lib)
-    _lib.impl(name, function, "CompositeExplicitAutograd")
+    _lib.impl(name, checked(name, COMPOSITES[name], function), "CompositeExplicitAutograd")
     overload: Callable[..., Any] = getattr(torch.ops.gac_kernels, name).default
     return overload
 

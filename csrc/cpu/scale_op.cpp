@@ -60,6 +60,13 @@ void scale_(Tensor gradient, Tensor factor) {
     STD_TORCH_CHECK(
         dense || (gradient.dim() == 3 && (gradient.size(2) <= 1 || gradient.stride(2) == 1)),
         "scale_: gradient must be contiguous, or (A, B, V) with stride 1 in V");
+    if (dense)
+        in.check_memory("gradient", gradient, gradient.numel(), bytes);
+    else
+        in.check_memory(
+            "gradient", gradient,
+            (gradient.size(0) - 1) * gradient.stride(0) + (gradient.size(1) - 1) * gradient.stride(1) + gradient.size(2),
+            bytes);
     const int64_t outer = dense ? 1 : gradient.size(0), inner = dense ? 1 : gradient.size(1);
     const int64_t columns = dense ? gradient.numel() : gradient.size(2);
     const int64_t stride_outer = dense ? 0 : gradient.stride(0), stride_inner = dense ? 0 : gradient.stride(1);

@@ -112,6 +112,7 @@ Outputs token_loss_of(const Arguments& a) {
         " and seq_len = ", a.seq_len);
     const bool dfpo = a.parameters.policy == kDfpo;
     STD_TORCH_CHECK(!dfpo || a.groups, "token_loss: groups must be given for DFPO");
+    in.check_choices(dfpo, a.parameters.p0, a.parameters.p1);
 
     const Tensor loss = empty<T>({}), scalars = empty<T>({kScalars}), rows = empty<T>({S, kColumns});
     const Tensor logprobs_out = empty_as(a.logprobs), slope = empty_as(a.logprobs);

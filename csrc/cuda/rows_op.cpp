@@ -22,6 +22,7 @@ void scale_(Tensor gradient, Tensor factor) {
     const Element element = element_of(in, "gradient", gradient);
     const OnDevice at(device_of(gradient));
     if (gradient.is_contiguous()) {
+        in.check_memory("gradient", gradient, gradient.numel(), bytes_of(element));
         const Grid dense{static_cast<char*>(gradient.data_ptr()), 1, 0, 0};
         return launch_scale(dense, element, 1, gradient.numel(), by, wide, at.stream);
     }

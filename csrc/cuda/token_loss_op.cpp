@@ -73,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
                         in.code("kl_estimator", kl_estimator, kK1, kK3), kl_ratio_weighted, entropy_coef};
         const bool dfpo = c.parameters.policy == kDfpo;
         STD_TORCH_CHECK(!dfpo || groups, "token_loss: groups must be given for DFPO");
+        in.check_choices(dfpo, p0, p1);
         c.streams = {
             nullptr, in.data<T>("logprobs", logprobs, N), token("old_logprobs", old_logprobs),
             token("ref_logprobs", ref_logprobs), token("rollout_weights", rollout_weights), token("entropy", entropy),

@@ -30,6 +30,11 @@ def gate(name: str | Gate, u: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     return 1.0 + u / torch.sqrt(1.0 + x.square()), (1.0 + x.square()).pow(-1.5)
 
 
+def bounds(cu_seqlens: Tensor) -> Tensor:
+    """The offsets as the kernels take them: an offset below the one before it leaves an empty sequence."""
+    return cu_seqlens.cummax(0).values
+
+
 # Segments: one reduction and one broadcast, padded or packed -----------------------------------------------------
 @dataclass(frozen=True)
 class Segments:
@@ -44,7 +49,7 @@ class Segments:
         if batch.cu_seqlens is None:
             return cls(batch.num_sequences, batch.targets.shape[1], None)
         position_N = torch.arange(batch.targets.shape[0], device=batch.targets.device)
-        ids_N = torch.bucketize(position_N, batch.cu_seqlens[1:], right=True)
+        ids_N = torch.bucketize(position_N, bounds(batch.cu_seqlens)[1:], right=True)
         ids_N = ids_N.clamp(
             max=max(batch.num_sequences - 1, 0)
         )  # what lies behind the last sequence is dead, see Tokens
@@ -80,7 +85,9 @@ class Tokens:
         segments = Segments.of(batch)
         live_N = batch.mask.reshape(-1)
         if batch.cu_seqlens is not None:
-            live_N = live_N & (torch.arange(live_N.shape[0], device=live_N.device) < batch.cu_seqlens[-1])
+            first_last_2 = bounds(batch.cu_seqlens)[:: max(batch.num_sequences, 1)]
+            position_N = torch.arange(live_N.shape[0], device=live_N.device)
+            live_N = live_N & (position_N >= first_last_2[0]) & (position_N < first_last_2[-1])
         policy_N = live_N & ~segments.expand(batch.is_expert)
 
         def select(value: Tensor) -> Tensor:
