@@ -102,19 +102,29 @@ def unsafe(call: ast.Call) -> str | None:
         return name
     if name in ("eval", "exec", "__import__", "yaml.load", "os.system", "os.popen"):
         return name
-    if name.endswith("from_pretrained") and keywords.get("local_files_only") != "True":
-        return "from_pretrained that may fetch"
-    return "trust_remote_code" if "trust_remote_code" in keywords else None
+    if name.endswith("from_pretrained"):
+        if keywords.get("local_files_only") != "True":
+            return "from_pretrained that may fetch"
+        # Left out, transformers asks on standard input; and what is no safetensors file is unpickled.
+        if keywords.get("trust_remote_code") != "False":
+            return "from_pretrained without trust_remote_code=False"
+        if "Model" in name and keywords.get("use_safetensors") != "True":
+            return "from_pretrained that may unpickle"
+    return "trust_remote_code" if keywords.get("trust_remote_code", "False") != "False" else None
 
 
 def test_nothing_that_is_loaded_can_execute_code():
-    files = sorted((ROOT / "gac_kernels").rglob("*.py"))
+    files = sorted(
+        path for folder in ("gac_kernels", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    )
     found = [f"{p.relative_to(ROOT)}:{c.lineno}: {why}" for p in files for c in calls(p) if (why := unsafe(c))]
     assert found == []
-    local = "Auto.from_pretrained(n, local_files_only=True"
+    local = "Auto.from_pretrained(n, local_files_only=True, trust_remote_code=False"
     assert unsafe(ast.parse(f"{local})", mode="eval").body) is None  # type: ignore[arg-type]
+    asking = "Auto.from_pretrained(n, local_files_only=True)"
     planted = ("torch.load(f)", "torch.load(f, weights_only=False)", "pickle.loads(b)", "eval(s)", "yaml.load(f)",
-               "Auto.from_pretrained(n)", f"{local}, trust_remote_code=True)")  # fmt: skip
+               "Auto.from_pretrained(n, trust_remote_code=False)", asking,
+               asking.replace(")", ", trust_remote_code=True)"), f"{local})".replace("Auto", "AutoModel"))  # fmt: skip
     for text in planted:
         assert unsafe(ast.parse(text, mode="eval").body)  # type: ignore[arg-type]
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from .workloads import ControllerTime, Shape
 
 HELP = "share of a training step that the controller and its signals take"
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+# Nothing is fetched, whatever a model directory or transformers would ask a hub for.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "NO"}
 RESAMPLES = 2000
 MIN_ROUNDS = 8
 

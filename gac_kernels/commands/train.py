@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ..objectives import HybridObjective
 
 HELP = "train: the thin loop from prompts to the optimizer step"
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}  # spinning threads make a step many times as long beside other work
+# Spinning threads make a step many times as long beside other work. Nothing is fetched, whatever a model directory or
+# transformers would ask a hub for.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "NO"}
 CONTROLLERS = ("gac", "fixed", "linear", "cosine", "kl", "srft", "hpt")
 OBJECTIVES = ("sapo", "grpo", "dapo", "dr-grpo", "cispo", "gspo", "dfpo")
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from ..train.validation import Points
 
 HELP = "correlation of the controller's estimators with the gradients of the parameters themselves"
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+# Nothing is fetched, whatever a model directory or transformers would ask a hub for.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "NO"}
 SIZE = {"runs": 2, "checkpoints": 8, "oracle_batches": 32, "groups": 6, "conditions": 3}
 SMOKE_SIZE = {"runs": 1, "checkpoints": 3, "oracle_batches": 3, "groups": 2, "conditions": 2}
 LEAST = {"runs": 1, "checkpoints": 2, "oracle_batches": 2, "groups": 1, "conditions": 1}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from ..config import ControllerConfig
 from ..controller import GuidedAdaptiveController
@@ -21,6 +21,7 @@ from ..ops import hybrid_loss_from_logits, signals_from_logprobs, token_logprobs
 from ..signals import Signals
 from ..train.config import TrainConfig
 from ..train.model import build_model
+from ..train.model import load_model as load_local_model
 from ..train.tasks import build_task
 from ..types import TokenBatch
 
@@ -68,7 +69,7 @@ def load_model(name: str, seed: int, device: str) -> PreTrainedModel:
         return _placed(Qwen2ForCausalLM(shape), device)
     if not Path(name).is_dir():
         raise ValueError(f"--model must be tiny, {QWEN2_HEAD} or a local model directory, got {name!r}")
-    return _placed(AutoModelForCausalLM.from_pretrained(name, local_files_only=True, dtype=torch.float32), device)
+    return _placed(load_local_model(Path(name), torch.float32), device)
 
 
 def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:

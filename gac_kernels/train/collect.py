@@ -134,13 +134,27 @@ class Collector:
         return {name: total / count for name, total in zip(names, totals, strict=True)} if count else {}
 
     def _check_lengths(self) -> None:
-        """A demonstration longer than a completion may get teaches what a rollout can never show."""
-        limit = self.config.max_new_tokens
+        """Every prompt fits the model with its completion, and every demonstration fits a completion: one that is
+        longer teaches what a rollout can never show."""
+        limit, positions = self.config.max_new_tokens, self.codec.positions
+        for example in self.task.problems():
+            length, where = len(self.codec.prompt(example.prompt)), _where(example)
+            if not length:
+                raise ValueError(f"{where}prompt {example.prompt!r:.80} has no token")
+            if positions is not None and length + limit > positions:
+                raise ValueError(
+                    f"{where}prompt {example.prompt!r:.80} has {length} tokens, with max_new_tokens={limit} more than "
+                    f"the model's {positions} positions (max_position_embeddings)"
+                )
         for position in range(self.task.demonstrations):
             example = self.task.demonstration(position)
             assert example.demonstration is not None
             if (length := len(self.codec.response(example.demonstration))) > limit:
                 raise ValueError(
-                    f"max_new_tokens must hold every demonstration: that of prompt {example.prompt!r} has {length} "
-                    f"tokens with eos, got max_new_tokens={limit}"
+                    f"{_where(example)}max_new_tokens must hold every demonstration: that of prompt "
+                    f"{example.prompt!r:.80} has {length} tokens with eos, got max_new_tokens={limit}"
                 )
+
+
+def _where(example: Example) -> str:
+    return f"{example.where}: " if example.where else ""

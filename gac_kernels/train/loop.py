@@ -22,10 +22,10 @@ from ..types import Denominators, HybridLoss
 from .collect import Collector
 from .config import TrainConfig
 from .mixing import build_mixing
-from .model import build_model, stop_tokens
+from .model import build_codec, build_model
 from .policy import Policy, head_of
 from .ranks import Engine, Ranks
-from .rollouts import Codec, RolloutBatch
+from .rollouts import RolloutBatch
 from .tasks import build_task
 
 _WARM_START = HybridObjective(supervised=NLL("none"))
@@ -49,8 +49,7 @@ class Trainer:
         task = build_task(config)
         self.model, self.tokenizer = build_model(config, task)
         self.policy = Policy(self.model, head_of(self.model) if config.head == "auto" else None)
-        codec = Codec(self.tokenizer, stop_tokens(self.model, self.tokenizer))
-        self.collector = Collector(config, task, codec, self.ranks)
+        self.collector = Collector(config, task, build_codec(self.model, self.tokenizer), self.ranks)
         self.reference: Policy | None = None
         self.engine = Engine(self.policy, self.ranks, config.fsdp)
         self.mixing = build_mixing(config, self.ranks)

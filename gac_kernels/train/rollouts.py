@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -27,24 +28,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Codec:
-    """Text to token ids and back: the tokenizer with everything that ends or pads a sequence."""
+    """Text to token ids and back: the tokenizer with everything that ends or pads a sequence.
+
+    Attributes:
+        stop_ids: every id that ends a completion.
+        positions: the most tokens that the model takes, prompt and completion together; None: no bound is known.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
+    positions: int | None = None
 
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
+    @cached_property
+    def opening(self) -> list[int]:
+        """What the tokenizer puts before a text (a begin token, mostly); what it puts behind one is not ours."""
+        bare = self._bare("0")
+        whole = self.tokenizer("0")["input_ids"]
+        places = range(len(whole) - len(bare) + 1)
+        return whole[: next((i for i in places if whole[i : i + len(bare)] == bare), 0)]
+
     def prompt(self, text: str) -> list[int]:
-        return self.tokenizer(text)["input_ids"]
+        """Ids of a prompt, opened as the tokenizer opens a text and not closed.
+
+        A chat template writes the begin token itself, and the tokenizer would put a second one before it. Some
+        tokenizers close every text with an end token, behind which a model has nothing left to say.
+        """
+        bare, opening = self._bare(text), self.opening
+        shared = next(n for n in range(len(opening), -1, -1) if bare[:n] == opening[len(opening) - n :])
+        return [*opening, *bare[shared:]]
 
     def response(self, text: str) -> list[int]:
-        """Ids of a demonstration, closed by eos."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        """Ids of a demonstration, closed by one end token: its own where it is written out, else eos."""
+        ids = self._bare(text)
+        ends = len(ids)
+        while ends and ids[ends - 1] in self.stop_ids:
+            ends -= 1
+        return [*ids[:ends], ids[ends] if ends < len(ids) else self.tokenizer.eos_token_id]
 
     def text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _bare(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -24,11 +24,16 @@ EVAL_SIZE = 256  # held-out problems, unless told otherwise
 
 @dataclass(frozen=True)
 class Example:
-    """One problem: what the model reads, the answer that earns the reward, and how a teacher would write it."""
+    """One problem: what the model reads, the answer that earns the reward, and how a teacher would write it.
+
+    Attributes:
+        where: the file and line that it came from, for messages.
+    """
 
     prompt: str
     answer: str
     demonstration: str | None = None
+    where: str = field(default="", compare=False)
 
 
 class Task(Protocol):
@@ -47,6 +52,9 @@ class Task(Protocol):
 
     def reward(self, example: Example, completion: str) -> float:
         """1.0 for a completion whose final answer is right, else 0.0."""
+
+    def problems(self) -> Iterable[Example]:
+        """Problems whose lengths are those of all: every one of a file, any of a task that makes them alike."""
 
     def texts(self) -> Iterable[str]:
         """Texts that together hold every character of the task, for the character tokenizer."""
@@ -108,6 +116,9 @@ class ArithmeticTask:
 
     def reward(self, example: Example, completion: str) -> float:
         return float(completion.rpartition("#")[2] == example.answer and "#" in completion)
+
+    def problems(self) -> list[Example]:
+        return [self.prompt(0)]
 
     def texts(self) -> list[str]:
         return ["0123456789+= #"]
@@ -197,8 +208,11 @@ class JsonlTask:
     def reward(self, example: Example, completion: str) -> float:
         return float(ends_with_answer(completion, example.answer))
 
+    def problems(self) -> list[Example]:
+        return [*self._training, *self._evaluation]
+
     def texts(self) -> Iterable[str]:
-        for example in (*self._training, *self._evaluation):
+        for example in self.problems():
             yield from (example.prompt, example.answer, example.demonstration or "")
 
     def _read(self) -> list[Example]:
@@ -236,7 +250,7 @@ def _parse(line: bytes, where: str) -> Example:
             raise ValueError(f"{where}: field {name!r} must not be empty")
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{where}: field {name!r} must be text, got half a surrogate pair")
-    return Example(record["prompt"], record["answer"], record.get("demonstration"))
+    return Example(record["prompt"], record["answer"], record.get("demonstration"), where)
 
 
 def build_task(config: TrainConfig) -> Task:

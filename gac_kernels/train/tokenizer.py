@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .directory import check_tokenizer, read_object, refused, told
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
@@ -33,12 +34,19 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a local model directory; padding falls back on eos, which a mask hides anyway.
 
     Raises:
-        ValueError: if it has no end-of-sequence token, without which no completion ever ends.
+        ValueError: naming ``--model`` and the file, if it can't be read, asks for code of its own, or has no
+            end-of-sequence token, without which no completion ever ends.
     """
-    tokenizer = _tokenizer_class(directory).from_pretrained(str(directory), local_files_only=True)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model: the tokenizer in {directory} has no eos token; a completion could not end")
-    if tokenizer.pad_token_id is None:
+    check_tokenizer(directory)
+    file = directory / "tokenizer.json"
+    with told(file if file.is_file() else directory, "the tokenizer can't be loaded"):
+        tokenizer = _tokenizer_class(directory).from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is None:
+        raise refused(directory / "tokenizer_config.json", "names no eos token; a completion could not end")
+    if pad is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -51,7 +59,7 @@ def _tokenizer_class(directory: Path) -> type[PreTrainedTokenizerFast] | type[Au
     """
     file = directory / "tokenizer_config.json"
     if file.is_file() and (directory / "tokenizer.json").is_file():
-        named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class")
+        named = read_object(file).get("tokenizer_class")
         if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
             return PreTrainedTokenizerFast
     return AutoTokenizer
