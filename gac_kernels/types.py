@@ -144,7 +144,8 @@ class TokenBatch:
         Args:
             targets_N: ``(N,)`` int32/int64 target ids; ``-100`` masks a place.
             cu_seqlens: ``(S + 1,)`` int32/int64, from 0 to ``N``, never falling. Checked here where that costs no
-                device sync (CPU); on an accelerator the kernels clamp every offset to ``[0, N]``.
+                device sync (CPU); on an accelerator, and under torch.compile, every offset is clamped to ``[0, N]`` and
+                one that falls is raised to the largest before it: its sequence is empty.
             mask_N: ``(N,)`` mask; None means that every token counts.
             is_expert_S, advantages, groups: as in :meth:`from_padded`; advantages ``(S,)`` or ``(N,)``.
             old_logprobs, ref_logprobs, rollout_weights: ``(N,)`` float. base_logits: ``(N, V)`` float.
@@ -228,8 +229,7 @@ class TokenBatch:
             live_S = self.mask.sum(1)
         else:
             below = torch.nn.functional.pad(self.mask.cumsum(0), (1, 0))
-            edges = below[self.cu_seqlens.clamp(0, self.mask.shape[0])]
-            live_S = edges.diff().clamp(min=0)
+            live_S = below[rising_offsets(self.cu_seqlens, self.mask.shape[0])].diff()
         branches = ((~self.is_expert, objective.aggregation), (self.is_expert, objective.supervised_aggregation))
         counted = [((live_S if how == "token-mean" else live_S > 0) * rows_S).sum() for rows_S, how in branches]
         return torch.stack(counted).double()
@@ -248,6 +248,12 @@ class TokenBatch:
 def _has_rollouts(is_expert: Tensor) -> bool:
     """Looked at where that costs no device sync; elsewhere nobody says so."""
     return is_expert.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(is_expert.all())
+
+
+def rising_offsets(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Offsets as every backend takes them, in ``[0, tokens]`` and never falling, whatever they hold: each is clamped
+    there, and raised to the largest before it. So no token is in two sequences, and what falls is an empty one."""
+    return cu_seqlens.clamp(0, tokens).cummax(0).values
 
 
 def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:

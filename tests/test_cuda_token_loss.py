@@ -207,13 +207,15 @@ def test_a_branch_without_tokens(expert):
 
 @pytest.mark.parametrize("offsets", [(0, 4, 9), (-5, 4, 99), (7, 2, 9), (3, 5, 6), (9, 9, 9), (0, 0, 0), (99, -1, 50)])
 def test_offsets_from_anywhere(offsets):
-    """Offsets that only an accelerator holds are not checked: they are clamped, and what no sequence covers is 0."""
+    """Offsets that only an accelerator holds are not checked: they are clamped and never fall, and what no sequence
+    covers is 0."""
     args = arguments(gk.HybridObjective(), lengths=(4, 5), poison=False, optional=(OLD, ENTROPY))
     args[CU_SEQLENS], args[MASK] = torch.tensor(offsets), torch.ones(9, dtype=torch.bool)
+    rising = list(itertools.accumulate(args[CU_SEQLENS].clamp(0, 9).tolist(), max))
     covered = torch.zeros(9, dtype=torch.bool)
-    for first, last in itertools.pairwise(args[CU_SEQLENS].clamp(0, 9).tolist()):
-        covered[first:last] = True
+    covered[rising[0] : rising[-1]] = True
     out = emulated(*args)
+    assert out[2][:, signals.TOKENS].tolist() == [last - first for first, last in itertools.pairwise(rising)]
     assert out[3].ne(0).equal(covered) and out[4].ne(0).equal(covered) and not out[5][~covered].any()
     kind, weight, _ = weights(emulated, args)
     assert kind.ne(0).equal(covered) and weight.ne(0).equal(covered)

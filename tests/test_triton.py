@@ -159,15 +159,17 @@ def test_rollouts_without_advantages_are_not_zero():
 
 @pytest.mark.parametrize("offsets", [(0, 4, 9), (-5, 4, 99), (7, 2, 9), (3, 5, 6), (9, 9, 9), (0, 0, 0), (99, -1, 50)])
 def test_offsets_from_anywhere(offsets):
-    """Offsets that only an accelerator holds are not checked: they are clamped, and what no sequence covers is 0."""
+    """Offsets that only an accelerator holds are not checked: they are clamped and never fall, and what no sequence
+    covers is 0."""
     case = Case((4, 5), (False, True), seed=13, holes=False)
     cu = torch.tensor(offsets)
     with bounds_checked() as lanes:
         out = operator("token_loss_triton", case, gk.HybridObjective(), "packed", cu_seqlens=cu)
     assert sum(lanes) > 0
+    rising = list(itertools.accumulate(cu.clamp(0, 9).tolist(), max))
+    assert out[2][:, 1].tolist() == [last - first for first, last in itertools.pairwise(rising)]
     covered = torch.zeros(9, dtype=torch.bool)
-    for first, last in itertools.pairwise(cu.clamp(0, 9).tolist()):
-        covered[first:last] = True
+    covered[rising[0] : rising[-1]] = True
     for value in out[3:]:
         assert not value[~covered].any() and value.isfinite().all()
     assert out[3].ne(0).equal(covered)

@@ -107,7 +107,7 @@ GAC_DEVICE SequenceState coupled_state(const TokenLossCall<T>& c, const double (
 
 // Counts sequence s and, of a coupled objective, makes its state.
 template <class T, class Policy>
-GAC_DEVICE void look(const TokenLossCall<T>& c, int64_t s, double* shared, int64_t (&of_block)[4]) {
+GAC_DEVICE void look(const TokenLossCall<T>& c, int64_t s, Span own, double* shared, int64_t (&of_block)[4]) {
     const bool expert = c.batch.expert[s] != 0;
     int64_t live = 0;
     bool counted = false;
@@ -116,15 +116,15 @@ GAC_DEVICE void look(const TokenLossCall<T>& c, int64_t s, double* shared, int64
         if (!expert) {
             const double advantage_s = c.streams.advantage ? 0 : sequence_advantage(c, s);
             double sum[kLooks] = {};
-            look_at_tokens<T, Policy>(c, span(c.batch, s), advantage_s, sum);
+            look_at_tokens<T, Policy>(c, own, advantage_s, sum);
             block_sums(sum, shared);
             live = static_cast<int64_t>(sum[kLive]);
             if (thread() == 0 && live) c.states[s] = coupled_state<T, Policy>(c, sum, advantage_s);
             counted = true;
         }
     }
-    if (!counted) live = count_sequence(c.batch, s, shared);
-    if (thread() == 0) c.counts[s].live = live;
+    if (!counted) live = count_sequence(c.batch, own, shared);
+    if (thread() == 0) leave_sequence(c.counts[s], own, live);
     add_sequence(of_block, expert, live);
 }
 

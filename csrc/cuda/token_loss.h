@@ -8,8 +8,9 @@
 
 namespace gac::cuda {
 
-// Who owns which token. Sequence s owns [offsets[s], offsets[s + 1]), each clamped to [0, N], or where offsets is null
-// [s seq_len, (s + 1) seq_len). Offsets that fall may give a token to two sequences, but never reach outside.
+// Who owns which token. Sequence s owns [offsets[s], offsets[s + 1]), or where offsets is null
+// [s seq_len, (s + 1) seq_len). Each offset is clamped to [0, N], and one that falls raised to the largest before it: no
+// token is in two sequences.
 struct TokenSequences {
     int64_t tokens, sequences, seq_len;
     const int64_t* offsets;  // (S + 1,) or null
@@ -25,10 +26,11 @@ struct BranchRule {
     const T* denominator;
 };
 
-// What the counting leaves of sequence s: its live tokens; and of block s of the grid, which never has more blocks than
-// there are sequences: tokens and non-empty sequences of the policy's branch, then of the supervised one.
+// What the counting leaves of sequence s: its first token, the one behind its last, and how many of them are live; and
+// of block s of the grid, which never has more blocks than there are sequences: tokens and non-empty sequences of the
+// policy's branch, then of the supervised one.
 struct SequenceCount {
-    int64_t live;
+    int64_t begin, end, live;
     int64_t of_block[4];
 };
 

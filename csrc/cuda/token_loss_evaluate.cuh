@@ -164,7 +164,7 @@ GAC_DEVICE void write_sequence(
 template <class T, class Policy>
 GAC_DEVICE void evaluate(const TokenLossCall<T>& c, int64_t s, const BranchWeights& denominator, double* shared) {
     using V = typename LaneOf<T>::Type;
-    const Span own = span(c.batch, s);
+    const Span own = counted_span(c.counts[s]);
     const bool expert = c.batch.expert[s] != 0;
     const int64_t live = c.counts[s].live;
     const double weight = token_weight(c, denominator, expert, live), mu = static_cast<double>(*c.mu);
@@ -233,11 +233,14 @@ GAC_KERNEL(kSequenceThreads, kSequenceBlocks<T>) token_loss_kernel(TokenLossCall
     double* const shared = reinterpret_cast<double*>(shared_memory());
     const bool wait = kGroups || !c.policy.denominator || !c.supervised.denominator;
     int64_t of_block[4] = {0, 0, 0, 0};
-    for (int64_t s = block(); s < c.batch.sequences; s += blocks()) look<T, Policy>(c, s, shared, of_block);
+    RisingOffsets offsets{c.batch};
+    for (int64_t s = block(); s < c.batch.sequences; s += blocks())
+        look<T, Policy>(c, s, offsets.span(s), shared, of_block);
     leave_counts(c.counts, of_block, wait);
-    clear_uncovered(c.batch, c.streams.logp_out);
-    clear_uncovered(c.batch, c.streams.slope);
-    clear_uncovered(c.batch, c.streams.entropy_slope);
+    const Span all = covered(c.batch, offsets);
+    clear_uncovered(c.batch, all, c.streams.logp_out);
+    clear_uncovered(c.batch, all, c.streams.slope);
+    clear_uncovered(c.batch, all, c.streams.entropy_slope);
     wait_for_counts(wait);
     const BranchWeights denominator = denominators(c, wait, shared);
     for (int64_t s = block(); s < c.batch.sequences; s += blocks()) evaluate<T, Policy>(c, s, denominator, shared);

@@ -92,11 +92,33 @@ struct Span {
 
 GAC_DEVICE int64_t inside(int64_t offset, int64_t tokens) { return offset < 0 ? 0 : offset < tokens ? offset : tokens; }
 
-GAC_DEVICE Span span(const TokenSequences& batch, int64_t s) {
-    if (!batch.offsets) return {s * batch.seq_len, (s + 1) * batch.seq_len};
-    const int64_t begin = inside(batch.offsets[s], batch.tokens), end = inside(batch.offsets[s + 1], batch.tokens);
-    return {begin, end > begin ? end : begin};
-}
+// Offsets as they count: clamped, and never falling. A block asks for its sequences in rising order; each of its warps
+// then looks at every offset once.
+struct RisingOffsets {
+    const TokenSequences& batch;
+    int64_t seen = 0, top = 0;  // how many offsets, and the largest of them
+
+    // The largest offset of [0, s]; all lanes of a warp call.
+    GAC_DEVICE int64_t at(int64_t s) {
+        int64_t most = top;
+        for (int64_t j = seen + lane(); j <= s; j += kWarp) {
+            const int64_t offset = inside(batch.offsets[j], batch.tokens);
+            most = offset > most ? offset : most;
+        }
+        top = over_warp(most, [](int64_t a, int64_t b) { return a > b ? a : b; });
+        seen = s + 1 > seen ? s + 1 : seen;
+        return top;
+    }
+
+    GAC_DEVICE Span span(int64_t s) {
+        if (!batch.offsets) return {s * batch.seq_len, (s + 1) * batch.seq_len};
+        const int64_t begin = at(s);
+        return {begin, at(s + 1)};
+    }
+};
+
+// Where sequence s lies, as the counting has left it.
+GAC_DEVICE Span counted_span(const SequenceCount& count) { return {count.begin, count.end}; }
 
 // How many of 16 bytes are not 0.
 GAC_DEVICE uint32_t count_bytes(const Bytes16& bytes) {
@@ -131,11 +153,17 @@ GAC_DEVICE void add_sequence(int64_t (&of_block)[4], bool expert, int64_t live) 
     of_block[3] += expert && live > 0;
 }
 
-// The live tokens of sequence s, the same in every thread.
-GAC_DEVICE int64_t count_sequence(const TokenSequences& batch, int64_t s, double* shared) {
-    double count[1] = {static_cast<double>(count_live(batch.mask, span(batch, s)))};
+// The live tokens of a sequence, the same in every thread.
+GAC_DEVICE int64_t count_sequence(const TokenSequences& batch, Span own, double* shared) {
+    double count[1] = {static_cast<double>(count_live(batch.mask, own))};
     block_sums(count, shared);
     return static_cast<int64_t>(count[0]);
+}
+
+GAC_DEVICE void leave_sequence(SequenceCount& count, Span own, int64_t live) {
+    count.begin = own.begin;
+    count.end = own.end;
+    count.live = live;
 }
 
 GAC_DEVICE void leave_counts(SequenceCount* counts, const int64_t (&of_block)[4], bool wanted) {
@@ -189,12 +217,17 @@ GAC_DEVICE double token_weight(const Call& call, const BranchWeights& denominato
     return 1.0 / (length * (expert ? denominator.supervised : denominator.policy));
 }
 
-// Zeros for the tokens of no sequence, before the first offset and behind the last, shared out among all threads.
+// Tokens of some sequence; all of a padded batch.
+GAC_DEVICE Span covered(const TokenSequences& batch, RisingOffsets& offsets) {
+    if (!batch.offsets) return {0, batch.tokens};
+    return {inside(batch.offsets[0], batch.tokens), offsets.at(batch.sequences)};
+}
+
+// Zeros for the tokens of no sequence, shared out among all threads.
 template <class T>
-GAC_DEVICE void clear_uncovered(const TokenSequences& batch, T* out) {
-    if (!batch.offsets || !out) return;
-    const int64_t head = inside(batch.offsets[0], batch.tokens);
-    const int64_t tail = inside(batch.offsets[batch.sequences], batch.tokens);
+GAC_DEVICE void clear_uncovered(const TokenSequences& batch, Span covered, T* out) {
+    if (!out) return;
+    const int64_t head = covered.begin, tail = covered.end;
     const int64_t first = block() * threads() + thread(), step = blocks() * threads();
     for (int64_t i = first; i < head; i += step) out[i] = T(0);
     for (int64_t i = tail + first; i < batch.tokens; i += step) out[i] = T(0);

@@ -10,7 +10,7 @@ namespace gac::cuda {
 template <class T>
 GAC_DEVICE void spread(const TokenWeightsCall<T>& c, int64_t s, const BranchWeights& denominator) {
     constexpr int Size = Pack<T>::Size;
-    const Span own = span(c.batch, s);
+    const Span own = counted_span(c.counts[s]);
     const bool expert = c.batch.expert[s] != 0;
     const int64_t live = c.counts[s].live;
     const double mu = static_cast<double>(*c.mu);
@@ -53,15 +53,18 @@ GAC_KERNEL(kSequenceThreads, kWeightBlocks) token_weights_kernel(TokenWeightsCal
     double* const shared = reinterpret_cast<double*>(shared_memory());
     const bool wait = !c.policy.denominator || !c.supervised.denominator;
     int64_t of_block[4] = {0, 0, 0, 0};
+    RisingOffsets offsets{c.batch};
     for (int64_t s = block(); s < c.batch.sequences; s += blocks()) {
-        const int64_t live = count_sequence(c.batch, s, shared);
-        if (thread() == 0) c.counts[s].live = live;
+        const Span own = offsets.span(s);
+        const int64_t live = count_sequence(c.batch, own, shared);
+        if (thread() == 0) leave_sequence(c.counts[s], own, live);
         add_sequence(of_block, c.batch.expert[s] != 0, live);
     }
     leave_counts(c.counts, of_block, wait);
-    clear_uncovered(c.batch, c.kind);
-    clear_uncovered(c.batch, c.weight);
-    clear_uncovered(c.batch, c.advantages_out);
+    const Span all = covered(c.batch, offsets);
+    clear_uncovered(c.batch, all, c.kind);
+    clear_uncovered(c.batch, all, c.weight);
+    clear_uncovered(c.batch, all, c.advantages_out);
     wait_for_counts(wait);
     const BranchWeights denominator = denominators(c, wait, shared);
     for (int64_t s = block(); s < c.batch.sequences; s += blocks()) spread(c, s, denominator);

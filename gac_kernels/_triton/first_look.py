@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .codes import GSPO, TOKEN_MEAN
-from .memory import read, span
+from .memory import highest, read
 from .sums import accumulator, add
 from .terms import BOUND, log_ratio
 
@@ -34,14 +34,26 @@ def look(
 ):  # fmt: skip
     """Count the tokens of each sequence and, in the unit of each branch's aggregation, of this program's sequences.
 
-    Of a sequence-coupled objective the sequence ratios too; otherwise nothing but the mask is read.
+    Of a sequence-coupled objective the sequence ratios too; otherwise nothing but the mask is read. Offsets that fall
+    are raised to the largest before them, for all that comes after too: no token is in two sequences.
     """
     p0, p1 = tl.full((), p0, tl.float64), tl.full((), p1, tl.float64)
     first = tl.program_id(0).to(tl.int64)
     policy_total = tl.zeros((), tl.int64)
     supervised_total = tl.zeros((), tl.int64)
+    top = tl.zeros((), tl.int64)  # of the offsets up to the one that the last round ended with
+    seen = tl.zeros((), tl.int64)
     for s in range(first, S, tl.num_programs(0)):
-        start, length = span(batch.cu_seqlens, s, T, N)
+        if batch.cu_seqlens is None:
+            start, length = s * T.to(tl.int64), T.to(tl.int64)
+        else:
+            start = highest(batch.cu_seqlens, seen, s + 1, top, N, 128)
+            top = tl.minimum(tl.maximum(tl.load(batch.cu_seqlens + s + 1).to(tl.int64), start), N)
+            seen = s + 2
+            length = top - start
+            tl.store(looked.offsets + s, start)
+            if s == S - 1:
+                tl.store(looked.offsets + S, top)
         lanes = tl.zeros([BLOCK], tl.int32)
         for i in range(0, length, BLOCK):
             lanes += read(batch.mask, start, i, length, BLOCK).to(tl.int32)

@@ -12,13 +12,23 @@ import triton.language as tl
 
 @triton.jit
 def span(cu_seqlens, s, T, N):
-    """First token and number of tokens of sequence ``s``, int64, inside ``[0, N]`` whatever the offsets say."""
+    """First token and number of tokens of sequence ``s``, int64; offsets as `look` has left them, in ``[0, N]`` and
+    never falling."""
     if cu_seqlens is None:
         return s * T.to(tl.int64), T.to(tl.int64)
     else:
-        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + s).to(tl.int64), 0), N)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + s + 1).to(tl.int64), 0), N)
-        return start, tl.maximum(end - start, 0)
+        start = tl.load(cu_seqlens + s)
+        return start, tl.load(cu_seqlens + s + 1) - start
+
+
+@triton.jit
+def highest(cu_seqlens, begin, end, least, N, BLOCK: tl.constexpr):
+    """The largest of ``least`` and of the offsets ``[begin, end)``, clamped to ``[0, N]``."""
+    top = tl.zeros([BLOCK], tl.int64) + least
+    for i in range(begin, end, BLOCK):
+        place = i + tl.arange(0, BLOCK)
+        top = tl.maximum(top, tl.load(cu_seqlens + place, mask=place < end, other=0).to(tl.int64))
+    return tl.minimum(tl.maximum(tl.max(top), 0), N)
 
 
 @triton.jit

@@ -54,6 +54,7 @@ class Looked(NamedTuple):
     total: Tensor  # (LOOKERS, 2) int64 in the unit of the aggregation, tokens or sequences; policy and supervised
     ratio: Tensor | None = None  # (S,) float64, the sequence ratio of GSPO and DFPO
     coupled: Tensor | None = None  # (S,) float64, GSPO: slope of each token; DFPO: mean advantage, then weight
+    offsets: Tensor | None = None  # (S + 1,) int64, those of a packed batch, in [0, N] and never falling
 
 
 class Out(NamedTuple):
@@ -106,6 +107,7 @@ def token_loss(
             AGGREGATION=aggregation, SUPERVISED_AGGREGATION=supervised_aggregation, PER_TOKEN=token_advantages,
             BLOCK=THREADS * (width if coupled else 16), **LAUNCH,
         )  # fmt: skip
+        batch = batch._replace(cu_seqlens=looked.offsets)
         if dfpo:
             weight, residual = torch.empty_like(looked.coupled), looked.coupled.new_empty((S, 2))
             transform[(S,)](
@@ -138,7 +140,8 @@ def _outputs(batch: Batch, S: int) -> tuple[Tensor, Tensor, Out]:
 def _looked(batch: Batch, S: int, coupled: bool) -> tuple[Looked, Batch]:
     """Buffers of the first look, and the inputs it sees: what it has no use for would only have it compiled again."""
     new = batch.is_expert.new_empty
-    looked = Looked(new(S, dtype=torch.int64), new((LOOKERS.value, 2), dtype=torch.int64))
+    offsets = None if batch.cu_seqlens is None else torch.empty_like(batch.cu_seqlens, dtype=torch.int64)
+    looked = Looked(new(S, dtype=torch.int64), new((LOOKERS.value, 2), dtype=torch.int64), offsets=offsets)
     if not coupled:
         return looked, Batch(batch.mask, batch.cu_seqlens, batch.is_expert)
     looked = looked._replace(ratio=new(S, dtype=torch.float64), coupled=new(S, dtype=torch.float64))

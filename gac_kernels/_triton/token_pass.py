@@ -154,8 +154,7 @@ def token(
 @triton.jit
 def clear_uncovered(batch, out, s, S, N, BLOCK: tl.constexpr):
     """Zeros before the first and after the last sequence of a packed batch, shared out among all programs."""
-    head = tl.minimum(tl.maximum(tl.load(batch.cu_seqlens).to(tl.int64), 0), N)
-    tail = tl.minimum(tl.maximum(tl.load(batch.cu_seqlens + S).to(tl.int64), 0), N)
+    head, tail = tl.load(batch.cu_seqlens), tl.load(batch.cu_seqlens + S)
     clear(out.slope, head, tail, N, s, S, BLOCK)
     clear(out.logprobs, head, tail, N, s, S, BLOCK)
     if batch.entropy is not None:

@@ -57,8 +57,7 @@ def spread(
             advantage = tl.full([BLOCK], 0.0, dtype) + tl.load(batch.advantages + s, mask=rollout, other=0.0)
         write(out.advantages, start, i, length, tl.where(live & rollout, advantage, 0.0), BLOCK)
     if batch.cu_seqlens is not None:  # tokens of no sequence
-        head = tl.minimum(tl.maximum(tl.load(batch.cu_seqlens).to(tl.int64), 0), N)
-        tail = tl.minimum(tl.maximum(tl.load(batch.cu_seqlens + S).to(tl.int64), 0), N)
+        head, tail = tl.load(batch.cu_seqlens), tl.load(batch.cu_seqlens + S)
         clear(out.kind, head, tail, N, s, S, BLOCK)
         clear(out.weight, head, tail, N, s, S, BLOCK)
         clear(out.advantages, head, tail, N, s, S, BLOCK)
@@ -77,7 +76,8 @@ def token_weights(
     if S == 0:
         return tuple(value.zero_() for value in out)
     new = is_expert.new_empty
-    looked = Looked(new(S, dtype=torch.int64), new((LOOKERS.value, 2), dtype=torch.int64))
+    offsets = None if cu_seqlens is None else torch.empty_like(cu_seqlens, dtype=torch.int64)
+    looked = Looked(new(S, dtype=torch.int64), new((LOOKERS.value, 2), dtype=torch.int64), offsets=offsets)
     batch = Batch(mask, cu_seqlens, is_expert)
     branches = {"AGGREGATION": aggregation, "SUPERVISED_AGGREGATION": supervised_aggregation}
     with on_device(mask):
@@ -86,7 +86,7 @@ def token_weights(
             **branches, **LAUNCH,
         )  # fmt: skip
         spread[(S,)](
-            batch._replace(advantages=advantages), looked, out, mu, policy_denominator, supervised_denominator, S,
+            batch._replace(cu_seqlens=offsets, advantages=advantages), looked, out, mu, policy_denominator, supervised_denominator, S,
             seq_len, N, norm_length, PER_TOKEN=token_advantages, BLOCK=BLOCK // 4, **branches, **LAUNCH,
         )  # fmt: skip
     return tuple(out)

@@ -14,7 +14,7 @@ from .. import library, linear
 from ..objectives import GIFT, HybridObjective, LogitTransform
 from ..schemas import encode_rows
 from ..shards import VocabularyShard
-from ..types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
+from ..types import Denominators, HybridLoss, TokenBatch, TokenLogprobs, rising_offsets
 from . import inputs
 from .head import base_of, check_head, chunk_of
 from .logits import OUTPUTS, PLAIN, anchor_of, check_outputs, checked_transform
@@ -118,11 +118,16 @@ def _sequence_means(batch: tuple[Any, ...], gradient: Tensor, weight_N: Tensor) 
         weight_S = weight_N.view(S, length).sum(1)
         live_S = mask.view(S, length).any(1)
     else:
-        lengths_S = cu_seqlens.clamp(0, N).diff().clamp(min=0)
-        padded_S = torch.cat((lengths_S, (N - lengths_S.sum())[None]))  # what lies beyond the last sequence
-        columns = torch.cat((rows_NH.to(dtype), weight_N[:, None].to(dtype), mask.view(-1, 1).to(dtype)), 1)
-        sums = torch.segment_reduce(columns, "sum", lengths=padded_S, axis=0, unsafe=True)[:S]
-        sums_SH, weight_S, live_S = sums[:, :H], sums[:, H], sums[:, H + 1] > 0
+        edges = torch.nn.functional.pad(rising_offsets(cu_seqlens, N), (1, 1))
+        edges[-1] = N  # so that what lies before the first sequence and behind the last has a length too
+        lengths = edges.diff()
+
+        def summed(columns: Tensor) -> Tensor:
+            # Without its own check, which would read the lengths on the host. They are never negative, and sum to N.
+            return torch.segment_reduce(columns.to(dtype), "sum", lengths=lengths, axis=0, unsafe=True)[1:-1]
+
+        sums_SH, of_token_S2 = summed(rows_NH), summed(torch.stack((weight_N, mask.view(-1).to(weight_N.dtype)), 1))
+        weight_S, live_S = of_token_S2[:, 0], of_token_S2[:, 1] > 0
     return torch.where(live_S[:, None], sums_SH / weight_S[:, None], 0.0)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import LogitTransform
-from ..types import IGNORE_INDEX, TokenBatch, check_mask, shape_text
+from ..types import IGNORE_INDEX, TokenBatch, check_mask, rising_offsets, shape_text
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -115,6 +115,9 @@ def row_temperature(transform: LogitTransform, where: TokenBatch | Tensor, dtype
         raise ValueError(f"transform.temperature must be finite and > 0, got {temperature_S.tolist()}")
     if batch is None or batch.cu_seqlens is None:
         return temperature_S.view(-1, *(1,) * (targets.ndim - 1)).expand(targets.shape).reshape(-1).contiguous()
+    if count == 0:  # and all tokens are of no sequence
+        return temperature_S.new_ones(targets.shape[0])
     position_N = torch.arange(targets.shape[0], device=targets.device)
-    ids_N = torch.bucketize(position_N, batch.cu_seqlens[1:], right=True).clamp(max=max(count - 1, 0))
+    offsets = rising_offsets(batch.cu_seqlens, targets.shape[0])
+    ids_N = torch.bucketize(position_N, offsets[1:], right=True).clamp(max=count - 1)
     return temperature_S.index_select(0, ids_N)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import DFPO, GIFT, GRPO, GSPO, SAPO, Gate, HybridObjective
-from ..types import TokenBatch
+from ..types import TokenBatch, rising_offsets
 
 LOG_RATIO_BOUND = 20.0
 
@@ -30,11 +30,6 @@ def gate(name: str | Gate, u: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     return 1.0 + u / torch.sqrt(1.0 + x.square()), (1.0 + x.square()).pow(-1.5)
 
 
-def bounds(cu_seqlens: Tensor) -> Tensor:
-    """The offsets as the kernels take them: an offset below the one before it leaves an empty sequence."""
-    return cu_seqlens.cummax(0).values
-
-
 # Segments: one reduction and one broadcast, padded or packed -----------------------------------------------------
 @dataclass(frozen=True)
 class Segments:
@@ -43,26 +38,29 @@ class Segments:
     count: int
     length: int  # T of a padded batch, 0 for a packed one
     ids_N: Tensor | None
+    owned_N: Tensor | None  # of a packed batch: tokens of some sequence, none before the first and behind the last
 
     @classmethod
     def of(cls, batch: TokenBatch) -> Segments:
         if batch.cu_seqlens is None:
-            return cls(batch.num_sequences, batch.targets.shape[1], None)
+            return cls(batch.num_sequences, batch.targets.shape[1], None, None)
+        offsets = rising_offsets(batch.cu_seqlens, batch.targets.shape[0])
         position_N = torch.arange(batch.targets.shape[0], device=batch.targets.device)
-        ids_N = torch.bucketize(position_N, bounds(batch.cu_seqlens)[1:], right=True)
-        ids_N = ids_N.clamp(
-            max=max(batch.num_sequences - 1, 0)
-        )  # what lies behind the last sequence is dead, see Tokens
-        return cls(batch.num_sequences, 0, ids_N)
+        ids_N = torch.bucketize(position_N, offsets[1:], right=True).clamp(max=max(batch.num_sequences - 1, 0))
+        return cls(batch.num_sequences, 0, ids_N, (position_N >= offsets[0]) & (position_N < offsets[-1]))
 
     def sum(self, value_N: Tensor) -> Tensor:
         if self.ids_N is None:
             return value_N.view(self.count, self.length).sum(-1)
+        if self.count == 0:
+            return value_N.new_zeros(0)
         return value_N.new_zeros(self.count).index_add(0, self.ids_N, value_N)
 
     def expand(self, value_S: Tensor) -> Tensor:
         if self.ids_N is None:
             return value_S.repeat_interleave(self.length)
+        if self.count == 0:  # no sequence owns any token
+            return value_S.new_zeros(len(self.ids_N))
         return value_S.index_select(0, self.ids_N)
 
 
@@ -84,10 +82,8 @@ class Tokens:
     def of(cls, batch: TokenBatch, dtype: torch.dtype) -> Tokens:
         segments = Segments.of(batch)
         live_N = batch.mask.reshape(-1)
-        if batch.cu_seqlens is not None:
-            first_last_2 = bounds(batch.cu_seqlens)[:: max(batch.num_sequences, 1)]
-            position_N = torch.arange(live_N.shape[0], device=live_N.device)
-            live_N = live_N & (position_N >= first_last_2[0]) & (position_N < first_last_2[-1])
+        if segments.owned_N is not None:
+            live_N = live_N & segments.owned_N
         policy_N = live_N & ~segments.expand(batch.is_expert)
 
         def select(value: Tensor) -> Tensor:
