@@ -145,7 +145,7 @@ def _token_loss(
     of.flat("entropy", entropy, N, dtype)
     of.flat("sum_sq", sum_sq, N, dtype)
     of.flat("supervised", supervised, N, dtype)
-    of.flat("mu", mu, 1, dtype)
+    of.flat("mu", mu, 2 if mu.numel() == 2 else 1, dtype)  # mu, or mu and 1 - mu
     of.branches(policy_denominator, supervised_denominator, dtype, aggregation, supervised_aggregation)
     of.term(policy, p0, p1, kl_estimator, DFPO)
     if policy == DFPO:
@@ -162,7 +162,7 @@ def _token_weights(
     of, N = Arguments(op, mask), mask.numel()
     of.flat("mask", mask, N, *BYTES)
     S = of.sequences(N, cu_seqlens, seq_len, is_expert)
-    of.flat("mu", mu, 1, *WIDE)
+    of.flat("mu", mu, 2 if mu.numel() == 2 else 1, *WIDE)  # mu, or mu and 1 - mu
     of.flat("advantages", advantages, N if token_advantages else S, mu.dtype)
     of.branches(policy_denominator, supervised_denominator, mu.dtype, aggregation, supervised_aggregation)
 

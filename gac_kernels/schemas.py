@@ -118,6 +118,7 @@ def encode_rows(transform: LogitTransform, gift: GIFT | None) -> tuple[float, fl
 # One pass over ready log-probs. Token tensors hold N elements in any shape, contiguous, in the dtype of logprobs
 # (float32 or float64); the results that are one a token are shaped as logprobs.
 # Sequence s owns [cu_seqlens[s], cu_seqlens[s + 1]), or [s seq_len, (s + 1) seq_len) where cu_seqlens is None.
+# mu () or (2,): mu, or mu and 1 - mu, each rounded by itself.
 # supervised holds the values of the supervised term of demonstrations (GIFT) in place of c_s logp; phi is then False.
 # Returns loss (), scalars (10,) as types.SCALARS, rows (S, 12) as signals.SIGNAL_COLUMNS, logprobs with 0 where masked,
 # slope = d loss / d logprobs, entropy_slope = d loss / d entropy, or (0,) where no entropy is given.

@@ -205,6 +205,22 @@ def test_a_branch_without_tokens(expert):
         check(args, emulated)
 
 
+def test_mu_and_what_it_leaves():
+    """mu and 1 - mu in float32 give what mu gives in float64, where mu alone, rounded, does not."""
+    mu = 0.9999
+    args = arguments(gk.HybridObjective(), lengths=SHORT, dtype=torch.float64)
+    args[MU] = torch.tensor(mu, dtype=torch.float64)
+    want = weights(emulated, args)[1]
+    narrow = [
+        value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for value in args
+    ]
+    narrow[MU] = torch.tensor([mu, 1.0 - mu])
+    torch.testing.assert_close(weights(emulated, narrow)[1].double(), want, rtol=2.0**-22, atol=0)
+    torch.testing.assert_close(emulated(*narrow)[0].double(), emulated(*args)[0], rtol=1e-6, atol=1e-6)
+    narrow[MU] = torch.tensor(mu)
+    assert (weights(emulated, narrow)[1].double() / want - 1).abs().nan_to_num().max() > 1e-5
+
+
 @pytest.mark.parametrize("offsets", [(0, 4, 9), (-5, 4, 99), (7, 2, 9), (3, 5, 6), (9, 9, 9), (0, 0, 0), (99, -1, 50)])
 def test_offsets_from_anywhere(offsets):
     """Offsets that only an accelerator holds are not checked: they are clamped and never fall, and what no sequence

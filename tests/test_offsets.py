@@ -96,7 +96,7 @@ def test_counts(offsets):
 
 def test_under_torch_compile():
     """A batch that is built in the compiled region is not looked at."""
-    batch, spans = made((0, N, 0, N))
+    batch, _ = made((0, N, 0, N))
     weight, objective = torch.randn(V, H), gk.HybridObjective()
 
     def loss(hidden, targets, cu_seqlens, advantages):

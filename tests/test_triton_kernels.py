@@ -184,6 +184,7 @@ def test_scalars_of_more_sequences_than_a_block():
         0.5,
         0.25,
         CLIPS=True,
+        BOTH=False,
         BLOCK=block,
     )
     policy, supervised = part[~expert, 0].sum(), part[expert, 0].sum()

@@ -108,7 +108,7 @@ WRONG_ARGUMENTS = [
     (ADVANTAGES, torch.zeros(3), "advantages must have 2 elements, got 3"),
     (OLD, torch.zeros(10, dtype=torch.float64), "old_logprobs must have dtype float32"),
     (REF, torch.zeros(20)[::2], "ref_logprobs must be contiguous"),
-    (MU, torch.zeros(2), "mu must have 1 elements, got 2"),
+    (MU, torch.zeros(3), "mu must have 1 elements, got 3"),
     (17, 8, r"policy must be in \[0, 7\], got 8"),
     (17, 7, "groups must be given for DFPO"),
 ]

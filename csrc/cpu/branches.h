@@ -35,10 +35,25 @@ struct Branch {
     }
 };
 
+// What each branch counts for in the loss.
+struct Shares {
+    double policy, supervised;
+};
+
+// mu: one number, or mu and 1 - mu, which then need not be made of what rounding has left of mu.
+template <class T>
+Shares shares_of(const Inputs& in, const Tensor& mu) {
+    const bool both = mu.numel() == 2;
+    const T* const given = in.data<T>("mu", mu, both ? 2 : 1);
+    const double supervised = static_cast<double>(given[0]);
+    return {both ? static_cast<double>(given[1]) : 1 - supervised, supervised};
+}
+
 // Counts the branches' tokens and sequences, then gives each sequence the weight of a token's term in the loss:
 // (1 - mu) a_i or mu b_i; 0 where it has no live token.
 inline std::vector<double> token_scales(
-    int64_t sequences, const uint8_t* expert, const int64_t* counts, double mu, Branch& policy, Branch& supervised) {
+    int64_t sequences, const uint8_t* expert, const int64_t* counts, Shares share, Branch& policy,
+    Branch& supervised) {
     for (int64_t s = 0; s < sequences; ++s) {
         Branch& branch = expert[s] ? supervised : policy;
         branch.tokens += counts[s];
@@ -46,7 +61,8 @@ inline std::vector<double> token_scales(
     }
     std::vector<double> scale(static_cast<size_t>(sequences));
     for (int64_t s = 0; s < sequences; ++s)
-        if (counts[s] > 0) scale[s] = expert[s] ? mu * supervised.weight(counts[s]) : (1 - mu) * policy.weight(counts[s]);
+        if (counts[s] > 0)
+            scale[s] = expert[s] ? share.supervised * supervised.weight(counts[s]) : share.policy * policy.weight(counts[s]);
     return scale;
 }
 

@@ -23,7 +23,7 @@ struct Totals {
 };
 
 template <class T>
-Totals add_up(const TokenLoss<T>& p, const Branch& policy, const Branch& supervised, double mu, double residual) {
+Totals add_up(const TokenLoss<T>& p, const Branch& policy, const Branch& supervised, Shares share, double residual) {
     Totals out;
     double* const total = out.scalars;
     for (int64_t s = 0; s < p.sequences; ++s) {
@@ -49,13 +49,13 @@ Totals add_up(const TokenLoss<T>& p, const Branch& policy, const Branch& supervi
     total[kResidual] = residual;
     const double rollout =
         total[kPolicyLoss] + p.parameters.kl_coef * total[kKl] - p.parameters.entropy_coef * total[kEntropy];
-    out.loss = (1 - mu) * rollout + mu * total[kSupervisedLoss];
+    out.loss = share.policy * rollout + share.supervised * total[kSupervisedLoss];
     return out;
 }
 
 // Everything between the arguments and the outputs, which `p` points to.
 template <class T>
-Totals run(TokenLoss<T>& p, int64_t tokens, Branch policy, Branch supervised, double mu, const int64_t* groups) {
+Totals run(TokenLoss<T>& p, int64_t tokens, Branch policy, Branch supervised, Shares share, const int64_t* groups) {
     const size_t count = static_cast<size_t>(p.sequences);
     std::vector<int64_t> counts(count);
     std::vector<double> sums(count * kSequenceSums);
@@ -68,7 +68,7 @@ Totals run(TokenLoss<T>& p, int64_t tokens, Branch policy, Branch supervised, do
         parallel(p.sequences, tokens, [&](int64_t begin, int64_t end) { function(p, begin, end); });
     };
     over_sequences(stage.count);
-    std::vector<double> scale = token_scales(p.sequences, p.expert, p.counts, mu, policy, supervised);
+    std::vector<double> scale = token_scales(p.sequences, p.expert, p.counts, share, policy, supervised);
     p.scale = scale.data();
 
     double residual = 0;
@@ -81,7 +81,7 @@ Totals run(TokenLoss<T>& p, int64_t tokens, Branch policy, Branch supervised, do
                 groups, p.expert, p.counts, p.sequences, /*orthogonal=*/p.parameters.p0 != 0, p.coupling);
     }
     over_sequences(stage.evaluate);
-    return add_up(p, policy, supervised, mu, residual);
+    return add_up(p, policy, supervised, share, residual);
 }
 
 // The operator's arguments, whose meaning stands in gac_kernels/schemas.py.
@@ -153,7 +153,7 @@ Outputs token_loss_of(const Arguments& a) {
         make_branch<T>(
             in, a.supervised_aggregation, a.norm_length, "supervised_denominator", a.supervised_denominator,
             "supervised_aggregation"),
-        static_cast<double>(*in.data<T>("mu", a.mu, 1)), dfpo ? in.data<int64_t>("groups", a.groups, S) : nullptr);
+        shares_of<T>(in, a.mu), dfpo ? in.data<int64_t>("groups", a.groups, S) : nullptr);
     *output<T>(loss) = static_cast<T>(totals.loss);
     std::copy(totals.scalars, totals.scalars + kScalars, output<T>(scalars));
     return {loss, scalars, rows, logprobs_out, slope, entropy_slope};

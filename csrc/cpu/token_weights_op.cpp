@@ -35,8 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> weigh(
     p.streams.mask = live;
     p.counts = counts.data();
     token_loss_stages<T>().count(p, 0, S);
-    const double share = static_cast<double>(*in.data<T>("mu", mu, 1));
-    const std::vector<double> scale = token_scales(S, expert, counts.data(), share, policy, supervised);
+    const std::vector<double> scale =
+        token_scales(S, expert, counts.data(), shares_of<T>(in, mu), policy, supervised);
 
     const Tensor kind = empty({N}, aoti_torch_dtype_uint8()), weight = empty<T>({N}), advantages_out = empty<T>({N});
     uint8_t* const kinds = static_cast<uint8_t*>(kind.mutable_data_ptr());

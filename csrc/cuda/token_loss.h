@@ -26,6 +26,13 @@ struct BranchRule {
     const T* denominator;
 };
 
+// mu, or with `both` mu and 1 - mu, which then need not be made of what rounding has left of mu.
+template <class T>
+struct Mixing {
+    const T* mu;
+    bool both;
+};
+
 // What the counting leaves of sequence s: its first token, the one behind its last, and how many of them are live; and
 // of block s of the grid, which never has more blocks than there are sequences: tokens and non-empty sequences of the
 // policy's branch, then of the supervised one.
@@ -48,7 +55,7 @@ struct TokenLossCall {
     Streams<T> streams;   // of N; its mask is not read, the batch's is
     const T* advantages;  // (S,) or null; one a token stands in streams.advantage
     const int64_t* groups;  // (S,), for DFPO
-    const T* mu;            // one number
+    Mixing<T> mixing;
     BranchRule<T> policy, supervised;
     TokenLossParameters parameters;
     T *loss, *scalars, *rows;  // (), (kScalars,), (S, kColumns)

@@ -167,8 +167,8 @@ GAC_DEVICE void evaluate(const TokenLossCall<T>& c, int64_t s, const BranchWeigh
     const Span own = counted_span(c.counts[s]);
     const bool expert = c.batch.expert[s] != 0;
     const int64_t live = c.counts[s].live;
-    const double weight = token_weight(c, denominator, expert, live), mu = static_cast<double>(*c.mu);
-    const double scale = live ? (expert ? mu : 1 - mu) * weight : 0;
+    const double weight = token_weight(c, denominator, expert, live);
+    const double scale = live ? share_of(c.mixing, expert) * weight : 0;
     const double advantage_s = expert || c.streams.advantage ? 0 : sequence_advantage(c, s);
     double sum[kTotals] = {}, largest = 0;
     if (expert) {
@@ -216,7 +216,7 @@ GAC_DEVICE void finish(const TokenLossCall<T>& c, double* shared) {
     largest = over_block(largest, [](double a, double b) { return larger(a, b); }, shared);
     if (thread() != 0) return;
     const double tokens = sum[Tokens] > 1 ? sum[Tokens] : 1, groups = sum[Groups] > 1 ? sum[Groups] : 1;
-    const double policy = sum[kPolicyLoss], supervised = sum[Supervised], mu = static_cast<double>(*c.mu);
+    const double policy = sum[kPolicyLoss], supervised = sum[Supervised];
     const double scalars[kScalars] = {policy, supervised, sum[kKl], sum[kEntropy], sum[kRatioMean] / tokens, largest,
                                       sum[kApproxKl] / tokens, sum[kUpdateRatio] / tokens, sum[kClipFraction] / tokens,
                                       sum[kResidual] / groups};
@@ -224,7 +224,7 @@ GAC_DEVICE void finish(const TokenLossCall<T>& c, double* shared) {
     for (int k = 0; k < kScalars; ++k) c.scalars[k] = static_cast<T>(scalars[k]);
     const TokenLossParameters& o = c.parameters;
     const double rollouts = policy + o.kl_coef * sum[kKl] - o.entropy_coef * sum[kEntropy];
-    *c.loss = static_cast<T>((1 - mu) * rollouts + mu * supervised);
+    *c.loss = static_cast<T>(share_of(c.mixing, false) * rollouts + share_of(c.mixing, true) * supervised);
 }
 
 template <class T, class Policy>

@@ -27,6 +27,12 @@ BranchRule<T> rule(
             in.data<T>(denominator_name, denominator, 1)};
 }
 
+template <class T>
+Mixing<T> mixing(const Inputs& in, const Tensor& mu) {
+    const bool both = mu.numel() == 2;
+    return {in.data<T>("mu", mu, both ? 2 : 1), both};
+}
+
 // Uninitialised memory of the device for `count` values of type V, whose size is a whole number of doubles.
 template <class V>
 Tensor workspace(int64_t count, Device device) {
@@ -82,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
             entropy ? output<T>(entropy_slope) : nullptr};
         c.advantages = token_advantages ? nullptr : in.data<T>("advantages", advantages, S);
         c.groups = dfpo ? in.data<int64_t>("groups", groups, S) : nullptr;
-        c.mu = in.data<T>("mu", mu, 1);
+        c.mixing = mixing<T>(in, mu);
         c.policy = rule<T>(in, "aggregation", aggregation, norm_length, "policy_denominator", policy_denominator);
         c.supervised = rule<T>(
             in, "supervised_aggregation", supervised_aggregation, norm_length, "supervised_denominator",
@@ -115,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> token_weights(
         const int64_t N = c.batch.tokens, S = c.batch.sequences;
         c.advantages = in.data<T>("advantages", advantages, token_advantages ? N : S);
         c.token_advantages = token_advantages && advantages;
-        c.mu = in.data<T>("mu", mu, 1);
+        c.mixing = mixing<T>(in, mu);
         c.policy = rule<T>(in, "aggregation", aggregation, norm_length, "policy_denominator", policy_denominator);
         c.supervised = rule<T>(
             in, "supervised_aggregation", supervised_aggregation, norm_length, "supervised_denominator",

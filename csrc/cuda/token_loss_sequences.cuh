@@ -223,6 +223,13 @@ GAC_DEVICE Span covered(const TokenSequences& batch, RisingOffsets& offsets) {
     return {inside(batch.offsets[0], batch.tokens), offsets.at(batch.sequences)};
 }
 
+// What a branch counts for in the loss.
+template <class T>
+GAC_DEVICE double share_of(const Mixing<T>& mixing, bool expert) {
+    if (expert) return static_cast<double>(mixing.mu[0]);
+    return mixing.both ? static_cast<double>(mixing.mu[1]) : 1 - static_cast<double>(mixing.mu[0]);
+}
+
 // Zeros for the tokens of no sequence, shared out among all threads.
 template <class T>
 GAC_DEVICE void clear_uncovered(const TokenSequences& batch, Span covered, T* out) {

@@ -13,8 +13,7 @@ GAC_DEVICE void spread(const TokenWeightsCall<T>& c, int64_t s, const BranchWeig
     const Span own = counted_span(c.counts[s]);
     const bool expert = c.batch.expert[s] != 0;
     const int64_t live = c.counts[s].live;
-    const double mu = static_cast<double>(*c.mu);
-    const T weight = static_cast<T>((expert ? mu : 1 - mu) * token_weight(c, denominator, expert, live));
+    const T weight = static_cast<T>(share_of(c.mixing, expert) * token_weight(c, denominator, expert, live));
     const T* const by_token = expert || !c.token_advantages ? nullptr : c.advantages;
     // Demonstrations have no advantage; a rollout without one must not pass for a zero.
     const T of_sequence = expert ? T(0) : c.advantages ? (by_token ? T(0) : c.advantages[s]) : static_cast<T>(nan(""));

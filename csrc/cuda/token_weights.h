@@ -14,7 +14,7 @@ struct TokenWeightsCall {
     TokenSequences batch;
     const T* advantages;
     bool token_advantages;
-    const T* mu;
+    Mixing<T> mixing;
     BranchRule<T> policy, supervised;
     uint8_t* kind;  // (N,) TokenKind
     T *weight, *advantages_out;  // (N,)

@@ -119,12 +119,12 @@ def token_loss(
             batch, looked, out, mu, policy_denominator, supervised_denominator, S, seq_len, N,
             p0, p1, p2, kl_coef, entropy_coef, norm_length,
             POLICY=policy, PHI=phi, KL=kl_estimator, KL_RATIO=kl_ratio_weighted, AGGREGATION=aggregation,
-            SUPERVISED_AGGREGATION=supervised_aggregation, PER_TOKEN=token_advantages,
+            SUPERVISED_AGGREGATION=supervised_aggregation, PER_TOKEN=token_advantages, BOTH=mu.numel() == 2,
             BLOCK=THREADS * width, **LAUNCH,
         )  # fmt: skip
         finish[(1,)](
             batch.is_expert, looked.count, residual, out.part, mu, loss, scalars, S, kl_coef, entropy_coef,
-            CLIPS=policy in CLIPPING, BLOCK=256, **LAUNCH,
+            CLIPS=policy in CLIPPING, BOTH=mu.numel() == 2, BLOCK=256, **LAUNCH,
         )  # fmt: skip
     return results
 

@@ -27,13 +27,24 @@ def divisor(count, total, denominator, norm_length, AGGREGATION: tl.constexpr):
     return by
 
 
+@triton.jit
+def shares(mu, BOTH: tl.constexpr):
+    """What the supervised and the policy's branch count for in the loss, float64. ``BOTH``: ``mu`` holds mu and 1 - mu,
+    which then need not be made of what rounding has left of mu."""
+    share = tl.load(mu).to(tl.float64)
+    if BOTH:
+        return share, tl.load(mu + 1).to(tl.float64)
+    else:
+        return share, 1.0 - share
+
+
 @triton.jit(do_not_specialize=["S", "T", "N"])
 def token(
     batch, looked, out, mu, policy_denominator, supervised_denominator, S: tl.int64, T: tl.int64, N: tl.int64,
     p0: tl.float64, p1: tl.float64, p2: tl.float64, kl_coef: tl.float64, entropy_coef: tl.float64,
     norm_length: tl.float64,
     POLICY: tl.constexpr, PHI: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, AGGREGATION: tl.constexpr,
-    SUPERVISED_AGGREGATION: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    SUPERVISED_AGGREGATION: tl.constexpr, PER_TOKEN: tl.constexpr, BOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pass over the tokens of one sequence: slopes, the row of signals, and the sums that `finish` adds up."""
     s = tl.program_id(0).to(tl.int64)
@@ -51,8 +62,8 @@ def token(
     supervised_by = divisor(count, supervised_total, supervised_denominator, norm_length, SUPERVISED_AGGREGATION)
     by = tl.where(count > 0, tl.where(rollout, policy_by, supervised_by), 1.0)
     weight = tl.where(count > 0, 1.0 / by, 0.0)
-    share = tl.load(mu).to(tl.float64)
-    share = tl.where(rollout, 1.0 - share, share)
+    supervised_share, policy_share = shares(mu, BOTH)
+    share = tl.where(rollout, policy_share, supervised_share)
     slope_weight = (share * weight).to(dtype)
     penalty = tl.full((), kl_coef, tl.float64).to(dtype)
     entropy_weight = (-(share * weight) * entropy_coef).to(dtype)
@@ -164,7 +175,7 @@ def clear_uncovered(batch, out, s, S, N, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["S"])
 def finish(
     is_expert, count, residual, part, mu, loss, scalars, S: tl.int64, kl_coef: tl.float64, entropy_coef: tl.float64,
-    CLIPS: tl.constexpr, BLOCK: tl.constexpr,
+    CLIPS: tl.constexpr, BOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``schemas.SCALARS`` and the loss from what `token` left for each sequence; a single program."""
     zero = tl.zeros([BLOCK], tl.float64)
@@ -204,7 +215,7 @@ def finish(
     tl.store(scalars + 9, tl.sum(residuals) / tl.maximum(tl.sum(groups), 1.0))
 
     kl_coef, entropy_coef = tl.full((), kl_coef, tl.float64), tl.full((), entropy_coef, tl.float64)
-    share = tl.load(mu).to(tl.float64)
-    coefficient = tl.where(lane == 0, 1.0, tl.where(lane == 2, kl_coef, -entropy_coef)) * (1.0 - share)
-    coefficient = tl.where(lane == 1, share, coefficient)
+    supervised_share, policy_share = shares(mu, BOTH)
+    coefficient = tl.where(lane == 0, 1.0, tl.where(lane == 2, kl_coef, -entropy_coef)) * policy_share
+    coefficient = tl.where(lane == 1, supervised_share, coefficient)
     tl.store(loss, tl.sum(tl.where(lane < 4, sums * coefficient, 0.0)))

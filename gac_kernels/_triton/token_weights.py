@@ -11,7 +11,7 @@ from .first_look import LOOKERS, look
 from .memory import clear, read, span, write
 from .rows import check_device, on_device
 from .token_loss import LAUNCH, THREADS, Batch, Looked
-from .token_pass import divisor
+from .token_pass import divisor, shares
 
 BLOCK = THREADS * 16  # a thread's 16-byte load of the mask
 
@@ -28,7 +28,7 @@ class Spread(NamedTuple):
 def spread(
     batch, looked, out, mu, policy_denominator, supervised_denominator, S: tl.int64, T: tl.int64, N: tl.int64,
     norm_length: tl.float64, AGGREGATION: tl.constexpr, SUPERVISED_AGGREGATION: tl.constexpr, PER_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence; the weight is made as `token` makes it."""
     s = tl.program_id(0).to(tl.int64)
@@ -42,8 +42,8 @@ def spread(
     policy_by = divisor(count, policy_total, policy_denominator, norm_length, AGGREGATION)
     supervised_by = divisor(count, supervised_total, supervised_denominator, norm_length, SUPERVISED_AGGREGATION)
     by = tl.where(count > 0, tl.where(rollout, policy_by, supervised_by), 1.0)
-    share = tl.load(mu).to(tl.float64)
-    weight = tl.where(rollout, 1.0 - share, share) * tl.where(count > 0, 1.0 / by, 0.0)
+    supervised_share, policy_share = shares(mu, BOTH)
+    weight = tl.where(rollout, policy_share, supervised_share) * tl.where(count > 0, 1.0 / by, 0.0)
     for i in range(0, length, BLOCK):
         live = read(batch.mask, start, i, length, BLOCK) != 0
         kind = tl.where(live, tl.where(rollout, 1, 2), 0)
@@ -86,7 +86,8 @@ def token_weights(
             **branches, **LAUNCH,
         )  # fmt: skip
         spread[(S,)](
-            batch._replace(cu_seqlens=offsets, advantages=advantages), looked, out, mu, policy_denominator, supervised_denominator, S,
-            seq_len, N, norm_length, PER_TOKEN=token_advantages, BLOCK=BLOCK // 4, **branches, **LAUNCH,
+            batch._replace(cu_seqlens=offsets, advantages=advantages), looked, out, mu, policy_denominator,
+            supervised_denominator, S, seq_len, N, norm_length, PER_TOKEN=token_advantages, BOTH=mu.numel() == 2,
+            BLOCK=BLOCK // 4, **branches, **LAUNCH,
         )  # fmt: skip
     return tuple(out)

@@ -45,6 +45,21 @@ def scalar(name: str, value: float | Tensor, like: Tensor, high: float = math.in
     return torch.full((), float(value), dtype=like.dtype, device=like.device)
 
 
+def mixing(mu: float | Tensor, like: Tensor) -> Tensor:
+    """mu as the operators take it, on the device and in the dtype of ``like``: 0-d, or mu and 1 - mu ``(2,)``, each
+    rounded by itself, where mu is known in more digits than that dtype holds: 1 - mu of a rounded mu near 1 is wrong by
+    as much as 6e-8 / (1 - mu) of itself."""
+    wide = like.dtype if isinstance(mu, Tensor) and mu.dtype is not torch.float64 else torch.float64
+    if wide is like.dtype:
+        return scalar("mu", mu, like, 1.0)
+    if isinstance(mu, Tensor):
+        exact = scalar("mu", mu, like.new_empty((), dtype=wide), 1.0)
+        return torch.stack((exact, 1.0 - exact)).to(like.dtype)
+    both = scalar("mu", mu, like, 1.0).repeat(2)
+    both[1] = 1.0 - float(mu)
+    return both
+
+
 def norm_length_of(objective: HybridObjective, batch: TokenBatch) -> float | None:
     """The constant length in force; None where no branch divides by one."""
     if "seq-mean-token-sum-norm" not in (objective.aggregation, objective.supervised_aggregation):

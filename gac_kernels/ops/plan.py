@@ -42,7 +42,7 @@ class LossPlan(NamedTuple):
         if custom:
             inputs.check_gate_backend(library.forced_backend())
         dtype = torch.promote_types(like.dtype, torch.float32)
-        mu = inputs.scalar("mu", mu, like.new_empty((), dtype=dtype), 1.0)
+        mu = inputs.mixing(mu, like.new_empty((), dtype=dtype))
         norm_length = inputs.norm_length_of(objective, batch)
         return cls(
             targets=batch.targets.reshape(-1),

@@ -84,7 +84,7 @@ def hybrid_loss(
     norm_length = inputs.norm_length_of(objective, batch)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     wide, wide_entropy = inputs.plain(logprobs, dtype), inputs.plain_or_none(entropy, dtype)
-    mu = inputs.scalar("mu", mu, wide, 1.0)
+    mu = inputs.mixing(mu, wide)
     counts = inputs.counts_of(denominators, wide)
     if inputs.has_custom_gate(objective):
         inputs.check_gate_backend(library.forced_backend())

@@ -101,7 +101,7 @@ def _summed(
     sum_sq: Tensor | None,
 ) -> HybridLoss:
     segments, policy_N, logp_N = t.tokens.segments, t.tokens.policy_N, t.logp_N
-    mu = torch.as_tensor(mu, dtype=logp_N.dtype, device=logp_N.device).detach()
+    supervised_share, policy_share = _shares(mu, logp_N.dtype)
 
     def total(value_N: Tensor, weight_S: Tensor, where_N: Tensor) -> Tensor:
         return (segments.sum(torch.where(where_N, value_N, 0.0)) * weight_S).sum()
@@ -112,7 +112,10 @@ def _summed(
     absent = torch.zeros_like(policy)
     scalars = (policy, supervised, kl, ent, *(metrics.get(name, absent) for name in METRICS))
     return HybridLoss(
-        loss=(1.0 - mu) * (policy + objective.kl_coef * kl - objective.entropy_coef * ent) + mu * supervised,
+        loss=(
+            policy_share * (policy + objective.kl_coef * kl - objective.entropy_coef * ent)
+            + supervised_share * supervised
+        ),
         logprobs=logp_N.detach().view(batch.targets.shape),
         token_entropy=None
         if entropy is None
@@ -147,9 +150,21 @@ def token_loss(
     return out, slope_N, -objective.entropy_coef * a_N
 
 
+def _shares(mu: float | Tensor, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
+    """What the supervised and the policy's branch count for: mu and 1 - mu, which a tensor of two holds already; else
+    1 - mu is made before anything is rounded."""
+    if not isinstance(mu, Tensor):
+        return float(mu), 1.0 - float(mu)
+    mu = mu.detach()
+    if mu.numel() == 2:
+        return mu[0].to(dtype), mu[1].to(dtype)
+    return mu.reshape(()).to(dtype), (1.0 - mu.reshape(()).to(torch.promote_types(mu.dtype, dtype))).to(dtype)
+
+
 def _mixed(tokens: Tokens, mu: Tensor, policy_S: Tensor, expert_S: Tensor) -> Tensor:
     """The weight of each token in the loss: ``(1 - mu) a_t`` or ``mu b_t``."""
-    weight_S = torch.where(tokens.expert_S, mu * expert_S, (1.0 - mu) * policy_S)
+    supervised_share, policy_share = _shares(mu, policy_S.dtype)
+    weight_S = torch.where(tokens.expert_S, supervised_share * expert_S, policy_share * policy_S)
     return torch.where(tokens.live_N, tokens.segments.expand(weight_S), 0.0)
 
 

@@ -129,8 +129,8 @@ def token_slopes(
     adv_N = select(absent_N if advantages_N is None else advantages_N)
     assert adv_N is not None
     tokens = Tokens(
-        Segments(0, 0, None, None), policy_N | expert_N, policy_N, adv_N, select(old_N), select(ref_N), select(rollout_N),
-        None, expert_N,
+        Segments(0, 0, None, None), policy_N | expert_N, policy_N, adv_N, select(old_N), select(ref_N),
+        select(rollout_N), None, expert_N,
     )  # fmt: skip
     _, cr_N, _ = policy_terms(logp_N, tokens, objective)
     if tokens.ref_N is not None and objective.kl_coef:
