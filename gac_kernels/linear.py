@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import library, reference
+from .objectives import HybridObjective
 from .products import Gradients, Head
 from .schemas import DEAD, ROLLOUT, decode
 from .shards import VocabularyShard
@@ -165,38 +166,49 @@ def linear_loss(
     base_logits: Tensor | None, base_hidden: Tensor | None, base_weight: Tensor | None, base_bias: Tensor | None,
     weight_N: Tensor, advantages: Tensor | None, old_logprobs: Tensor | None, ref_logprobs: Tensor | None,
     rollout_weights: Tensor | None, chunk: int, want_hidden: bool, want_weight: bool, want_bias: bool, *static: Any,
-    shard: VocabularyShard | None = None,
+    shard: VocabularyShard | None = None, objective: HybridObjective | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As the schema in ``schemas.py`` says; with ``shard`` the weight is this rank's part of the vocabulary."""
+    """As the schema in ``schemas.py`` says; with ``shard`` the weight is this rank's part of the vocabulary. With
+    ``objective``, whose terms are functions in Python, ``static`` ends with the transform's and GIFT's numbers."""
     base = base_logits, base_hidden, base_weight, base_bias
     work = _Work(hidden, weight, bias, (targets, kind, temperature), base, chunk)
     tokens = work.take(weight_N, advantages, old_logprobs, ref_logprobs, rollout_weights)
     gradients, collected = work.gradients(want_hidden, want_weight, want_bias), []
     for part, logits, rows, base_rows in work:
-        if shard is None:
+        if shard is None and objective is None:
             results = library.call("fused_rows_", logits, *rows, base_rows, *_cut(tokens, part), *static)
         else:
-            results = _fused_shard(shard, logits, rows, _cut(tokens, part), static)
+            term = objective or decode(*static[5:])
+            results = _eager_terms(shard, logits, rows, base_rows, _cut(tokens, part), static[:5], term)
         collected.append(_with_supervised(results, bool(work.base)))
         gradients.add(logits[0], work.x_RH[part], part)
     return *work.join(collected, (None,) * 4), *work.finish(gradients, shard)
 
 
-def _fused_shard(
-    shard: VocabularyShard, logits: Tensor, rows: list[Any], tokens: list[Any], static: tuple[Any, ...]
-) -> tuple[Tensor, ...]:
-    """``fused_rows_`` of rows of which this rank holds some columns."""
+def _eager_terms(
+    shard: VocabularyShard | None, logits: Tensor, rows: list[Any], base_rows: Tensor | None, tokens: list[Any],
+    static: tuple[Any, ...], objective: HybridObjective,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``fused_rows_`` with the slopes made in eager PyTorch between the two operators on rows: where this rank holds
+    some of the columns, or a term is a function in Python."""
     targets, kind, temperature = rows
-    logprobs, entropy, sum_sq, normalizer = _statistics_shard(shard, logits, rows, static[:5])
-    objective = decode(*static[5:])
+    if shard is None:
+        logprobs, entropy, sum_sq, normalizer, supervised = library.call(
+            "row_statistics", logits, *rows, base_rows, *static
+        )
+    else:
+        logprobs, entropy, sum_sq, normalizer = _statistics_shard(shard, logits, rows, static)
+        supervised = entropy.new_empty(0)
     weight, advantages, old, ref, rollout = tokens
-    slope, entropy_slope = reference.token_slopes(logprobs, kind, weight, advantages, old, ref, rollout, objective)
+    slope, entropy_slope = reference.token_slopes(
+        logprobs, kind, weight, advantages, old, ref, rollout, objective, entropy
+    )
     bonus = entropy_slope if objective.entropy_coef else None
     if logits.shape[-1]:
-        local = shard.local(targets)
+        local = targets if shard is None else shard.local(targets)
         given = normalizer, entropy, slope, bonus
-        library.call("row_gradient_", logits, local, kind, temperature, None, *given, *static[:5])
-    return logprobs, entropy, sum_sq, entropy.new_empty(0)
+        library.call("row_gradient_", logits, local, kind, temperature, base_rows, *given, *static)
+    return logprobs, entropy, sum_sq, supervised
 
 
 def _statistics_shard(

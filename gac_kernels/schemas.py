@@ -57,6 +57,7 @@ def encode_term(objective: HybridObjective) -> tuple[Any, ...]:
     elif isinstance(p, GSPO):
         policy, parameters = POLICY_CODES["gspo"], (p.clip_low, p.clip_high, 0.0)
     else:
+        assert isinstance(p, DFPO)
         codes = DFPO_TRANSFORMS.index(p.transform), DFPO_RATIOS.index(p.ratio)
         policy, parameters = POLICY_CODES["dfpo"], (float(codes[0]), float(codes[1]), 0.0)
     phi = isinstance(objective.supervised, NLL) and objective.supervised.weight == "phi"

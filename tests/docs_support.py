@@ -110,7 +110,8 @@ def used_names(code: str) -> set[str]:
 
 def execute(block: Block, namespace: dict[str, Any]) -> None:
     """Run a block so that an error shows the page's own line; one that must raise has to."""
-    code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
+    # dont_inherit: the page is read without this file's `from __future__ import annotations`
+    code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec", dont_inherit=True)
     wanted = block.directive("raises")
     if wanted is None:
         exec(code, namespace)

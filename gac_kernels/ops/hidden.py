@@ -31,12 +31,13 @@ class _Spread(NamedTuple):
     shard: VocabularyShard | None
 
 
-def _run(name: str, shard: VocabularyShard | None, *args: Any) -> tuple[Tensor, ...]:
-    """The operator; with a shard the function behind it, for a process group is no operator's argument."""
-    if shard is None:
+def _run(name: str, shard: VocabularyShard | None, *args: Any, **objective: Any) -> tuple[Tensor, ...]:
+    """The operator; the function behind it where it takes what is no operator's argument: a process group, or an
+    objective that is a function in Python."""
+    if shard is None and not objective:
         results: tuple[Tensor, ...] = linear.LINEAR[name](*args)
     else:
-        results = getattr(linear, name)(*args, shard=shard)
+        results = getattr(linear, name)(*args, shard=shard, **objective)
     return results
 
 
@@ -53,9 +54,10 @@ class _HiddenLoss(torch.autograd.Function):
         leading = (hidden, weight, bias, plan.targets, kind, plan.temperature, *base)
         gradients: tuple[Tensor, ...] = ()
         if any(wanted) and not plan.two_looks:
+            objective = {} if plan.custom is None else {"objective": plan.custom[1]}
             logprobs, entropy, sum_sq, supervised, *made = _run(
                 "linear_loss", shard, *leading, weight_N, advantages, *plan.tokens, chunk, *wanted, *plan.static,
-                *plan.term,
+                *plan.term, **objective,
             )  # fmt: skip
             gradients = tuple(made)
             gift = supervised if supervised.numel() else None

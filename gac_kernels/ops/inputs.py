@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..objectives import DFPO, SAPO, Gate, HybridObjective
+from ..objectives import DFPO, GSPO, SAPO, Gate, HybridObjective
 from ..types import Denominators, TokenBatch
 
 
@@ -81,8 +81,11 @@ def check_objective(objective: HybridObjective, batch: TokenBatch) -> None:
     check_batch(batch)
     if isinstance(objective.policy, DFPO) and batch.groups is None:
         raise ValueError("batch.groups must be given: DFPO transforms the sequence weights inside each group")
-    if objective.kl_coef and batch.ref_logprobs is None:
-        raise ValueError(f"batch.ref_logprobs must be given: objective.kl_coef is {objective.kl_coef:g}")
+    if batch.ref_logprobs is None:
+        if objective.kl_coef:
+            raise ValueError(f"batch.ref_logprobs must be given: objective.kl_coef is {objective.kl_coef:g}")
+        if any(t is not None and t.reads_reference for t in (objective.policy_term, objective.supervised_term)):
+            raise ValueError("batch.ref_logprobs must be given: the objective reads t.ref_logp")
 
 
 def plain(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,11 +123,21 @@ def counts_of(denominators: Denominators | None, like: Tensor) -> tuple[Tensor |
     return count("policy", denominators.policy), count("supervised", denominators.supervised)
 
 
-def has_custom_gate(objective: HybridObjective) -> bool:
-    return isinstance(objective.policy, SAPO) and isinstance(objective.policy.gate, Gate)
+class Functions(NamedTuple):
+    """What an objective has of Python functions, which are evaluated eagerly on every device."""
+
+    coupled: bool  # a token waits for its sequence
+    reads_entropy: bool
 
 
-def check_gate_backend(forced: str | None) -> None:
-    """A gate in Python has one implementation, eager, and no forced backend but that one may claim it."""
+def functions_of(objective: HybridObjective, forced: str | None) -> Functions | None:
+    """None where the kernels know both terms by name. No forced backend but the reference may claim a function."""
+    gate = isinstance(objective.policy, SAPO) and isinstance(objective.policy.gate, Gate)
+    terms = [term for term in (objective.policy_term, objective.supervised_term) if term is not None]
+    if not gate and not terms:
+        return None
     if forced not in (None, "reference"):
-        raise ValueError(f"backend {forced!r} does not support the custom gate of objective.policy")
+        what = "the custom gate of objective.policy" if gate else "objectives that are functions of a token"
+        raise ValueError(f"backend {forced!r} does not support {what}, which PyTorch evaluates on every device")
+    known = objective.policy_term is None and isinstance(objective.policy, (GSPO, DFPO))
+    return Functions(known or any(one.coupled for one in terms), any(one.reads_entropy for one in terms))

@@ -31,7 +31,7 @@ def _evaluate(
     kind, weight, advantages = plan.token_weights()
     rows = (plan.targets, kind, plan.temperature, base_logits)
     suffix, gradient = "_" if inplace else "", None
-    if wants_gradient and not plan.two_looks:
+    if wants_gradient and not plan.two_looks and plan.custom is None:
         out = library.call(
             f"fused_rows{suffix}", logits, *rows, weight, advantages, *plan.tokens, *plan.static, *plan.term
         )

@@ -27,7 +27,7 @@ class LossPlan(NamedTuple):
     counts: tuple[Tensor | None, Tensor | None]
     term: tuple[Any, ...]
     weights: tuple[int, int, float]
-    custom: tuple[TokenBatch, HybridObjective] | None  # a gate in Python
+    custom: tuple[TokenBatch, HybridObjective] | None  # terms that are functions in Python
     two_looks: bool  # the slopes wait for all log-probs of a sequence
     has_bonus: bool  # of entropy
     norm_length: float | None
@@ -38,9 +38,7 @@ class LossPlan(NamedTuple):
         gift: GIFT | None, denominators: Denominators | None,
     ) -> LossPlan:  # fmt: skip
         """For logits of the dtype and on the device of ``like``. Raises as the losses say."""
-        custom = inputs.has_custom_gate(objective)
-        if custom:
-            inputs.check_gate_backend(library.forced_backend())
+        custom = inputs.functions_of(objective, library.forced_backend())
         dtype = torch.promote_types(like.dtype, torch.float32)
         mu = inputs.mixing(mu, like.new_empty((), dtype=dtype))
         norm_length = inputs.norm_length_of(objective, batch)
@@ -52,10 +50,10 @@ class LossPlan(NamedTuple):
             groups=batch.groups,
             mu=mu,
             counts=inputs.counts_of(denominators, mu),
-            term=() if custom else encode_term(objective),
+            term=encode_term(objective) if custom is None else (),
             weights=encode_weights(objective, norm_length),
-            custom=(batch, objective) if custom else None,
-            two_looks=custom or isinstance(objective.policy, (GSPO, DFPO)),
+            custom=None if custom is None else (batch, objective),
+            two_looks=isinstance(objective.policy, (GSPO, DFPO)) if custom is None else custom.coupled,
             has_bonus=objective.entropy_coef != 0,
             norm_length=norm_length,
         )

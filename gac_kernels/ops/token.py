@@ -23,7 +23,7 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         # `args` is one tuple: autograd looks at each argument of its own, and none of these has a gradient.
-        if isinstance(args[0], TokenBatch):  # a gate in Python: eager, on every device
+        if isinstance(args[0], TokenBatch):  # a function in Python: eager, on every device
             batch, objective, mu, sum_sq, denominators = args
             outputs = eager.token_loss_of_batch(logprobs, batch, objective, mu, entropy, sum_sq, None, denominators)
         else:
@@ -86,8 +86,10 @@ def hybrid_loss(
     wide, wide_entropy = inputs.plain(logprobs, dtype), inputs.plain_or_none(entropy, dtype)
     mu = inputs.mixing(mu, wide)
     counts = inputs.counts_of(denominators, wide)
-    if inputs.has_custom_gate(objective):
-        inputs.check_gate_backend(library.forced_backend())
+    functions = inputs.functions_of(objective, library.forced_backend())
+    if functions is not None:
+        if functions.reads_entropy and entropy is None:
+            raise ValueError("entropy must be given: the objective reads t.entropy, which log-probs alone do not hold")
         args = (batch, objective, mu, sum_sq, Denominators(*counts))
     else:
         wide_sum_sq = None if sum_sq is None else inputs.plain(sum_sq.detach(), dtype)
@@ -128,6 +130,8 @@ def _metric_names(objective: HybridObjective) -> tuple[str, ...]:
         return *always, "effective_update_ratio"
     if isinstance(objective.policy, DFPO):
         return *always, "cancellation_residual"
+    if (term := objective.policy_term) is not None and term.program.clipped is None:
+        return always if term.program.update is None else (*always, "effective_update_ratio")
     return *always, "effective_update_ratio", "clip_fraction"
 
 

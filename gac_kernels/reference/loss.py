@@ -10,7 +10,8 @@ from torch import Tensor
 from ..objectives import HybridObjective
 from ..signals import Signals
 from ..types import METRICS, Denominators, HybridLoss, TokenBatch
-from .terms import Segments, Tokens, kl_terms, policy_terms, sequence_weights, supervised_slope
+from .functions import policy_terms, supervised_terms
+from .terms import Segments, Tokens, kl_terms, sequence_weights
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,16 @@ def _terms(
     tokens = Tokens.of(batch, dtype)
     expert_N = tokens.live_N & ~tokens.policy_N
     logp_N = torch.where(tokens.live_N, logprobs.reshape(-1).to(dtype), 0.0)
-    policy_N, cr_N, seen = policy_terms(logp_N, tokens, objective)
     kl_N = entropy_N = torch.zeros_like(logp_N)
+    if entropy is not None:
+        entropy_N = torch.where(tokens.live_N, entropy.reshape(-1).to(dtype), 0.0)
+    known_N = None if entropy is None else entropy_N.detach()
+    policy_N, cr_N, seen = policy_terms(logp_N, tokens, objective, known_N)
     if tokens.ref_N is not None:
         kl_N, kl_slope_N = kl_terms(logp_N, tokens, objective)
         cr_N = cr_N + objective.kl_coef * kl_slope_N if objective.kl_coef else cr_N
-    if entropy is not None:
-        entropy_N = torch.where(tokens.policy_N, entropy.reshape(-1).to(dtype), 0.0)
-    cs_N = supervised_slope(logp_N, objective)
-    if supervised_N is None:
-        supervised_N = cs_N * torch.where(cs_N == 0, 0.0, logp_N)  # phi logp is 0 at p = 0, never nan
+    value_N, cs_N = supervised_terms(logp_N, tokens, objective, known_N)
+    supervised_N = value_N if supervised_N is None else supervised_N
     a_S, b_S = _branch_weights(tokens, objective, denominators)
     return _Terms(tokens, logp_N, expert_N, policy_N, kl_N, entropy_N, supervised_N, cs_N, cr_N, a_S, b_S, seen)
 

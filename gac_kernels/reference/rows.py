@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..objectives import HybridObjective
-from .terms import Segments, Tokens, kl_terms, policy_terms, supervised_slope
+from .functions import policy_terms, supervised_terms
+from .terms import Segments, Tokens, kl_terms
 
 ROLLOUT, DEMONSTRATION, ELSEWHERE = 1, 2, -(2**31)  # as in schemas.py
 
@@ -117,9 +118,10 @@ def row_gradient(
 
 def token_slopes(
     logp_N: Tensor, kind: Tensor, weight_N: Tensor, advantages_N: Tensor | None, old_N: Tensor | None,
-    ref_N: Tensor | None, rollout_N: Tensor | None, objective: HybridObjective,
+    ref_N: Tensor | None, rollout_N: Tensor | None, objective: HybridObjective, known_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``d loss / d logp`` and ``d loss / d entropy`` of single tokens under a token-separable objective."""
+    """``d loss / d logp`` and ``d loss / d entropy`` of single tokens under a token-separable objective; ``known_N``:
+    their entropies, for an objective that reads them."""
     policy_N, expert_N = kind == ROLLOUT, kind == DEMONSTRATION
 
     def select(value_N: Tensor | None) -> Tensor | None:
@@ -132,9 +134,11 @@ def token_slopes(
         Segments(0, 0, None, None), policy_N | expert_N, policy_N, adv_N, select(old_N), select(ref_N),
         select(rollout_N), None, expert_N,
     )  # fmt: skip
-    _, cr_N, _ = policy_terms(logp_N, tokens, objective)
+    _, cr_N, _ = policy_terms(logp_N, tokens, objective, known_N)
     if tokens.ref_N is not None and objective.kl_coef:
         cr_N = cr_N + objective.kl_coef * kl_terms(logp_N, tokens, objective)[1]
-    slope_N = torch.where(policy_N, cr_N, torch.where(expert_N, supervised_slope(logp_N, objective), 0.0))
+    slope_N = torch.where(
+        policy_N, cr_N, torch.where(expert_N, supervised_terms(logp_N, tokens, objective, known_N)[1], 0.0)
+    )
     entropy_N = torch.where(policy_N, -objective.entropy_coef * weight_N, 0.0)
     return torch.where(kind != 0, weight_N * slope_N, 0.0), entropy_N

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..objectives import DFPO, GIFT, GRPO, GSPO, SAPO, Gate, HybridObjective
+from ..objectives import CISPO, DFPO, GRPO, GSPO, NLL, SAPO, Gate, HybridObjective
 from ..types import TokenBatch, rising_offsets
 
 LOG_RATIO_BOUND = 20.0
@@ -172,6 +172,7 @@ def policy_terms(
         seen["clipped"] = _clipped(ratio_N, adv_N, policy.clip_low, policy.clip_high, policy.delta)
         slope_N = torch.where(alive_N & ~seen["clipped"], -adv_N * ratio_N, 0.0)
     else:
+        assert isinstance(policy, CISPO)
         weight_N = ratio_N.clamp(max=policy.clip_high).detach()
         seen["clipped"] = ratio_N > policy.clip_high
         loss_N, slope_N = -weight_N * adv_N * logp_N, -weight_N * adv_N
@@ -235,7 +236,7 @@ def kl_terms(logp_N: Tensor, tokens: Tokens, objective: HybridObjective) -> tupl
 def supervised_slope(logp_N: Tensor, objective: HybridObjective) -> Tensor:
     """``c_s``: ``-phi`` with ``phi = p (1 - p)`` (CHORD, arXiv 2508.11408), or -1; detached."""
     p_N = logp_N.detach().exp()
-    phi = not isinstance(objective.supervised, GIFT) and objective.supervised.weight == "phi"
+    phi = isinstance(objective.supervised, NLL) and objective.supervised.weight == "phi"
     return -p_N * (1.0 - p_N) if phi else -torch.ones_like(p_N)
 
 
