@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from ..objectives import CISPO, DFPO, GIFT, GRPO, GSPO, SAPO, HybridObjective
 from ..ops import hybrid_loss
 from ..types import Denominators, HybridLoss, TokenBatch
+from . import _trl_metrics
 
 IDS, MASK, COUNT = "gac_demonstration_ids", "gac_demonstration_mask", "gac_demonstration_count"  # keys of TRL's batch
 # What TRL computes by its loss type, and how it aggregates it.
@@ -78,7 +79,6 @@ def check_objective(trainer: Any, objective: HybridObjective) -> None:
         "importance_sampling_level": (level, level if by_sequence else "token"),
         "use_bias_correction_kl with sequence-level ratios": (by_token, False),
         "use_adaptive_entropy": (trainer.use_adaptive_entropy, False),
-        "the auxiliary loss of a mixture of experts (router_aux_loss_coef)": (trainer.aux_loss_enabled, False),
         "remove_unused_columns": (args.remove_unused_columns, False),
     }
     for name, (found, wanted) in expected.items():
@@ -88,13 +88,18 @@ def check_objective(trainer: Any, objective: HybridObjective) -> None:
 
 def micro_batch(
     trainer: Any, model: Any, inputs: dict[str, Any], objective: HybridObjective, mu: Tensor | float
-) -> tuple[HybridLoss, TokenBatch, Tensor]:
-    """The loss of a micro-batch, scaled for accumulation and ranks as TRL scales its own; its tokens, and entropies."""
+) -> tuple[HybridLoss, Tensor]:
+    """The loss of a micro-batch, scaled for accumulation and ranks as TRL scales its own; and what TRL logs of it."""
     if "pixel_values" in inputs:
         raise ValueError("images are not supported with a hybrid loss: the batch holds pixel_values")
     rows = _rows(inputs)
-    logprobs, entropy, _ = trainer._get_per_token_logps_and_entropies(
-        model, rows["input_ids"], rows["attention_mask"], rows["targets"].shape[1], compute_entropy=True
+    logprobs, entropy, aux_loss = trainer._get_per_token_logps_and_entropies(
+        model,
+        rows["input_ids"],
+        rows["attention_mask"],
+        rows["targets"].shape[1],
+        compute_entropy=True,
+        compute_aux_loss=trainer.aux_loss_enabled,
     )
     mask, weights = _policy_weights(trainer, inputs, logprobs.detach(), entropy.detach())
     of_rollouts = {
@@ -117,7 +122,10 @@ def micro_batch(
         bonus = (entropy[: len(mask), : mask.shape[1]] * mask).sum() / mask.sum().clamp(min=1)
         share = trainer.entropy_coef / trainer.current_gradient_accumulation_steps
         result = replace(result, loss=result.loss - (1 - mu) * share * bonus)
-    return result, batch, entropy.detach()
+    if trainer.aux_loss_enabled:  # of the whole model, whatever its branches weigh
+        share = trainer.router_aux_loss_coef / trainer.current_gradient_accumulation_steps
+        result = replace(result, loss=result.loss + share * aux_loss)
+    return result, _trl_metrics.of_micro_batch(trainer, inputs, objective, result, entropy, aux_loss)
 
 
 def _policy_weights(

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..controller import GuidedAdaptiveController, KLTarget
 from ..objectives import HybridObjective
 from ..types import SCALARS, HybridLoss
-from . import _trl_head, _trl_loss
+from . import _trl_head, _trl_loss, _trl_metrics
 from ._trl_loss import COUNT, IDS, MASK
 from ._trl_sft import SFTAttachment, attach_sft
 
@@ -83,9 +83,11 @@ def attach(
     demonstration with it, in the same forward pass. Evaluation keeps TRL's own loss.
 
     The hybrid loss follows ``loss_type`` (all but VESPO), ``importance_sampling_level="sequence"`` with a clipped loss
-    (GSPO), ``beta``, ``entropy_coef``, ``top_entropy_quantile``, ``off_policy_mask_threshold`` and vLLM's correction.
-    What it does not support raises: images, ``use_adaptive_entropy``, the auxiliary loss of a mixture of experts, DFPO
-    (its groups are spread over micro-batches), GIFT (needs a base model's logits; see :func:`attach_sft`).
+    (GSPO), ``beta``, ``entropy_coef``, ``top_entropy_quantile``, ``off_policy_mask_threshold``, vLLM's correction and
+    the auxiliary loss of a mixture of experts (``router_aux_loss_coef``), which mu does not scale and which balances
+    all tokens of the forward pass, demonstrations included. TRL's metrics of the loss stay, of rollouts alone.
+    What it does not support raises: images, ``use_adaptive_entropy``, DFPO (its groups are spread over micro-batches),
+    GIFT (needs a base model's logits; see :func:`attach_sft`).
 
     Args:
         trainer: a ``trl.GRPOTrainer``.
@@ -252,19 +254,20 @@ class Attachment:
             own: Tensor = self._loss(model, inputs)
             return own
         assert self.objective is not None and self.mu is not None
-        result, batch, entropy = _trl_loss.micro_batch(trainer, model, inputs, self.objective, self.mu)
+        result, numbers = _trl_loss.micro_batch(trainer, model, inputs, self.objective, self.mu)
         if self.controller is not None:
             self.controller.observe(result.signals)
-        rollouts = batch.mask & ~batch.is_expert[:, None]
-        self._parts.append((result, torch.stack([(entropy * rollouts).sum(), rollouts.sum()])))
+        self._parts.append((result, numbers))
         return result.loss
 
     def step(self) -> None:
         """After an optimizer step: the controller's turn, and the step's numbers into TRL's logs."""
         if not self._parts:
             return
-        trainer, (results, entropies) = self.trainer, zip(*self._parts, strict=True)
+        assert self.objective is not None
+        trainer, (results, numbers) = self.trainer, zip(*self._parts, strict=True)
         self._parts = []
+        _trl_metrics.log(trainer, self.objective, list(numbers))
         logs = trainer._metrics["train"]
         scalars = torch.stack([result.scalars.float() for result in results])
         sums, means, largest = scalars.sum(0), scalars.mean(0), scalars.amax(0)
@@ -276,20 +279,15 @@ class Attachment:
         logged["ratio_max"] = trainer.accelerator.gather(largest[SCALARS.index("ratio_max")]).max().item()
         for name, value in logged.items():
             logs[f"gac/{name}"].append(value)
-        total, count = trainer.accelerator.reduce(torch.stack(entropies).sum(0), reduction="sum").tolist()
-        logs["entropy"].append(total / max(count, 1.0))
         if trainer.entropy_coef:
             logs["entropy_coef"].append(trainer.entropy_coef)
-        if trainer.beta != 0.0:
-            kl = trainer.accelerator.reduce(sums[SCALARS.index("kl")], reduction="mean")
-            logs["kl"].append(kl.item())
         if self.controller is None:
             logs["gac/mu"].append(float(self._fixed or 0.0))
             return
         self.controller.step()
         metrics = self.controller.metrics()
-        numbers = torch.stack([value.double() for value in metrics.values()]).tolist()
-        for name, value in zip(metrics, numbers, strict=True):
+        values = torch.stack([value.double() for value in metrics.values()]).tolist()
+        for name, value in zip(metrics, values, strict=True):
             logs[name].append(value)
 
     def save(self, output_dir: str) -> None:
