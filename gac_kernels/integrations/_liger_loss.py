@@ -85,9 +85,20 @@ def _selected(value: Tensor | None, where: Tensor) -> Tensor | None:
     return None if value is None else torch.where(where, value.detach(), 0.0)
 
 
+def check_temperatures(sapo: tuple[float, float]) -> None:
+    for sign, temperature in zip(("pos", "neg"), sapo, strict=True):
+        if temperature <= 0:
+            raise ValueError(f"sapo_temperature_{sign} must be positive, got {temperature!r}")
+
+
+def check_delta(delta: float | None) -> None:
+    if delta is not None and delta <= 0:
+        raise ValueError(f"delta must be positive, got {delta!r}")
+
+
 @dataclass(frozen=True)
 class Options:
-    """A loss type and its options, named as in Liger's class; checked when made."""
+    """A loss type and its options, named as in Liger's class; checked when made, with Liger's own sentences first."""
 
     loss_type: str
     level: str
@@ -102,20 +113,29 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.loss_type not in (*_CLIPPING, *_OTHERS):
-            raise ValueError(f"loss_type must be one of {', '.join((*_CLIPPING, *_OTHERS))}; got {self.loss_type!r}")
+            kinds = ", ".join((*_CLIPPING, *_OTHERS))
+            raise ValueError(
+                f"Unknown loss type: {self.loss_type}. loss_type must be one of {kinds}; got {self.loss_type!r}"
+            )
         if self.level not in ("token", "sequence"):
-            raise ValueError(f"importance_sampling_level must be 'token' or 'sequence', got {self.level!r}")
+            raise ValueError(
+                f"Unknown importance sampling level: {self.level}. importance_sampling_level must be 'token' or "
+                f"'sequence', got {self.level!r}"
+            )
         clips = self.loss_type in _CLIPPING
         if self.level == "sequence" and not clips:
-            raise ValueError(f"importance_sampling_level must be 'token' with loss_type {self.loss_type!r}")
-        if self.delta is not None and (not clips or self.delta <= 0):
             raise ValueError(
-                f"delta must be positive, and None with a loss_type that does not clip; got {self.delta!r} with "
-                f"{self.loss_type!r}"
+                f"Sequence-level importance sampling is not supported for loss_type='{self.loss_type}'. Use "
+                f"importance_sampling_level='token' instead. Got 'sequence' with {self.loss_type!r}"
             )
-        for sign, temperature in zip(("pos", "neg"), self.sapo, strict=True):
-            if temperature <= 0:
-                raise ValueError(f"sapo_temperature_{sign} must be positive, got {temperature!r}")
+        check_delta(self.delta)
+        if self.delta is not None and not clips:
+            raise ValueError(
+                f"delta (two-sided clipping) is not supported for loss_type='{self.loss_type}'. delta must be None "
+                f"there, got {self.delta!r} with {self.loss_type!r}"
+            )
+        if self.loss_type == "sapo":
+            check_temperatures(self.sapo)
 
     def objective(self, has_reference: bool) -> HybridObjective | None:
         """Ours that gives the same loss, or None."""

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from ..objectives import LogitTransform
 from ..ops import hybrid_loss_from_hidden, token_logprobs, token_logprobs_from_hidden
 from ..types import IGNORE_INDEX, Denominators, TokenBatch, shape_text
-from ._liger_loss import Options, Rollouts
+from ._liger_loss import Options, Rollouts, check_delta, check_temperatures
 from .checks import Check, check_host
 
 OLDEST, BEFORE = "0.8.5", "0.9"
@@ -83,10 +83,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         self.temperature, self.use_bias_correction_kl = temperature, use_bias_correction_kl
         self.vespo_k_pos, self.vespo_lambda_pos = vespo_k_pos, vespo_lambda_pos
         self.vespo_k_neg, self.vespo_lambda_neg = vespo_k_neg, vespo_lambda_neg
-        self._options()
+        check_temperatures((sapo_temperature_pos, sapo_temperature_neg))  # Liger checks the rest in the call, as here
+        check_delta(delta)
 
     def _options(self) -> Options:
-        """Read anew in each call: attributes may be set, as Liger's may."""
+        """Read and checked anew in each call: attributes may be set, as Liger's may."""
         if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"chunk_size must be a positive int, got {self.chunk_size!r}")
         return Options(

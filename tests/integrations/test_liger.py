@@ -291,6 +291,49 @@ def test_fused_arguments_that_do_not_fit_are_named(options, changed, message):
         LigerFusedLinearGRPOLoss(**options)(**arguments(made, SIMPLE, **changed))
 
 
+def stage_of_error(kind, options, made):
+    """Where a class raises, and the beginning of what it says."""
+    stage = "construction"
+    try:
+        built = kind(compiled=False, use_ref_model=False, **options)
+        stage = "call"
+        built(**arguments(made, SIMPLE, ref_per_token_logps=None))
+    except ValueError as error:
+        return stage, str(error).split(". ")[0].rstrip(".")
+    return None
+
+
+@pytest.mark.parametrize(
+    ("options", "stage"),
+    [
+        *(
+            ({"importance_sampling_level": "sequence", "loss_type": kind}, "call")
+            for kind in ("cispo", "sapo", "vespo")
+        ),
+        ({"importance_sampling_level": "group"}, "call"),
+        ({"loss_type": "gspo"}, "call"),
+        ({"loss_type": "sapo", "sapo_temperature_pos": 0.0}, "construction"),
+        ({"loss_type": "dapo", "sapo_temperature_neg": -1.0}, "construction"),
+        ({"delta": 0.0}, "construction"),
+        ({"loss_type": "sapo", "sapo_temperature_neg": 2.0}, None),
+    ],
+)
+def test_what_liger_refuses_is_refused_where_and_as_liger_does(options, stage):
+    made = data(SIMPLE, torch.float32)
+    theirs = installed("liger_kernel.chunked_loss:LigerFusedLinearGRPOLoss")
+    ours = stage_of_error(LigerFusedLinearGRPOLoss, options, made)
+    assert ours == stage_of_error(theirs, options, made)
+    assert (None if ours is None else ours[0]) == stage
+
+
+def test_attributes_set_later_are_checked_in_the_call():
+    made = data(SIMPLE, torch.float32)
+    loss = LigerFusedLinearGRPOLoss(loss_type="sapo")
+    loss.importance_sampling_level = "sequence"
+    with pytest.raises(ValueError, match="Sequence-level importance sampling is not supported for loss_type='sapo'"):
+        loss(**arguments(made, SIMPLE))
+
+
 def ranks(rank, file):
     """Ranks with unequal shares: dapo's normaliser is the mean count of tokens over ranks."""
     import torch.distributed as dist
