@@ -167,7 +167,10 @@ def _loss_class() -> Any:
             result = hybrid_loss(logprob, batch, self.objective, mu, denominators=self._denominators(batch))
             if self.controller is not None and torch.is_grad_enabled():
                 self.controller.observe(result.signals)
-            return result.loss, _metrics(result, mu, self.controller)
+            own = _trinitys_metrics(logprob, batch, self.objective.policy, self._weight(batch, self.usual))
+            if self.objective.supervised == NLL("phi"):
+                own["expert/sft_phi_loss"] = result.supervised_loss  # its CHORD's name
+            return result.loss, _metrics(result, mu, self.controller, own)
 
         def _mu(self, logprob: Tensor, step: Tensor) -> float | Tensor:
             if self.controller_config is None:
@@ -184,12 +187,16 @@ def _loss_class() -> Any:
                 self.trainer_step = first
             return self.controller.mu
 
+        def _weight(self, batch: TokenBatch, size: int) -> float:
+            """Of a row of a branch in this micro-batch, as in Trinity's MIX."""
+            return self.per_gpu / (batch.num_sequences * size) if self.dynamic else self.accumulated / size
+
         def _denominators(self, batch: TokenBatch) -> Denominators:
             """So that a branch counts ``rows * weight * mean`` of this micro-batch, as in Trinity's MIX."""
-            rows, lengths = batch.num_sequences, batch.mask.sum(-1)
+            lengths = batch.mask.sum(-1)
 
             def of(branch: Tensor, aggregation: str, size: int) -> Tensor:
-                weight = self.per_gpu / (rows * size) if self.dynamic else self.accumulated / size
+                weight = self._weight(batch, size)
                 count = branch.sum().clamp(min=1)
                 if aggregation == "token-mean":
                     return lengths[branch].sum().clamp(min=1) / (count * weight)
@@ -229,15 +236,50 @@ def _mixing(mu: object, controller: Mapping[str, Any] | None) -> ControllerConfi
     return config
 
 
+@torch.no_grad()
+def _trinitys_metrics(
+    logprob: Tensor, batch: TokenBatch, policy: SAPO | GRPO | CISPO | GSPO, weight: float
+) -> dict[str, Tensor]:  # fmt: skip
+    """What Trinity's PPO loss tells of the rollouts, by its names and weighted as its MIX weighs it; 0 of an objective
+    that clips nothing. Means over tokens (``ppo_kl``: of the old log-prob over the new one)."""
+    assert batch.old_logprobs is not None and batch.advantages is not None
+    rollouts = batch.mask & ~batch.is_expert[:, None]
+    advantages = batch.advantages.to(logprob.dtype)
+    log_ratio = torch.where(rollouts, (logprob - batch.old_logprobs).clamp(-20.0, 20.0), 0.0)
+
+    def mean(value: Tensor) -> Tensor:
+        return torch.where(rollouts, value.to(logprob.dtype), 0.0).sum() / rollouts.sum().clamp(min=1)
+
+    absent = logprob.new_zeros(())
+    clipped = lower = absent
+    if isinstance(policy, GSPO):
+        shared = log_ratio.sum(-1, keepdim=True) / rollouts.sum(-1, keepdim=True).clamp(min=1)
+        ratio = shared.exp().expand_as(log_ratio)
+    else:
+        ratio = log_ratio.exp()
+    if not isinstance(policy, SAPO):
+        low, high = (
+            (0.0, policy.clip_high) if isinstance(policy, CISPO) else (1 - policy.clip_low, 1 + policy.clip_high)
+        )
+        plain, bounded = -advantages * ratio, -advantages * ratio.clamp(low, high)
+        clipped = mean(bounded > plain)
+        if isinstance(policy, GRPO) and policy.delta is not None:
+            lower = mean((torch.maximum(plain, bounded) > -advantages * policy.delta) & (advantages < 0))
+    share = weight * (~batch.is_expert).sum()
+    named = {"pg_clipfrac": clipped, "pg_clipfrac_lower": lower, "ppo_kl": -mean(log_ratio)}
+    return {f"usual/{name}": share * value for name, value in named.items()}
+
+
 def _metrics(
-    result: HybridLoss, mu: float | Tensor, controller: GuidedAdaptiveController | None
+    result: HybridLoss, mu: float | Tensor, controller: GuidedAdaptiveController | None, own: dict[str, Tensor]
 ) -> dict[str, float]:  # fmt: skip
-    """In Trinity's words, read from the device in one go."""
+    """In Trinity's words and in ours, read from the device in one go."""
     seen: dict[str, Any] = {
         "loss": result.loss.detach(),
         "mu": mu,
         "usual/pg_loss": result.policy_loss,
         "expert/sft_loss": result.supervised_loss,
+        **own,
         **{f"usual/{name}": value for name, value in result.metrics.items()},
     }
     if controller is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import runpy
 from pathlib import Path
@@ -84,6 +85,10 @@ def test_grpo_with_a_fixed_mu_is_trinitys(kind, mode, dynamic):
         torch.testing.assert_close(loss, their_loss, **EXACT)
         torch.testing.assert_close(gradient, their_gradient, **EXACT)
         assert metrics["loss"] == pytest.approx(their_metrics["loss"]) and metrics["mu"] == 0.3
+        assert set(their_metrics) <= set(metrics)
+        for name, value in their_metrics.items():
+            assert metrics[name] == pytest.approx(value, rel=1e-6), name
+        assert metrics["usual/pg_clipfrac"] and metrics["usual/pg_clipfrac_lower"] and metrics["usual/ppo_kl"]
 
 
 @pytest.mark.parametrize("expert", [(), tuple(range(ROWS))], ids=["rollouts", "demonstrations"])
@@ -112,6 +117,33 @@ def test_the_other_objectives_are_trinitys(objective, arguments, name, theirs, m
     assert bool(their_gradient.abs().max() > 1e-4)
     torch.testing.assert_close(loss, their_loss, **EXACT)
     torch.testing.assert_close(gradient, their_gradient, **EXACT)
+
+
+@pytest.mark.parametrize("objective", ["sapo", "grpo", "cispo", "gspo"])
+def test_every_objective_tells_trinitys_metrics(objective):
+    """GSPO's and CISPO's clip fractions are by their own ratios; SAPO clips nothing."""
+    _, _, metrics = run(loss_fn(objective=objective, mu=0.3), spread=1.5)
+    batch = micro_batch(spread=1.5)
+    rows, clipped, kl, count = [], 0.0, 0.0, 0
+    for row in range(ROWS):
+        live = batch["response_mask"][row]
+        if row in (1, 4):
+            continue
+        log_ratio = (batch["logprob"] - batch["old_log_probs"])[row][live].tolist()
+        advantage = float(batch["advantages"][row, 0])
+        shared = math.exp(sum(log_ratio) / len(log_ratio))
+        for one in log_ratio:
+            ratio = shared if objective == "gspo" else math.exp(one)
+            high = {"cispo": gk.CISPO().clip_high, "sapo": math.inf}.get(objective, 1.2)
+            low = {"cispo": 0.0, "sapo": 0.0}.get(objective, 0.8)
+            clipped += ratio > high if advantage > 0 else ratio < low
+            kl -= one
+        count += len(log_ratio)
+        rows.append(row)
+    share = len(rows) * 4 / 8  # four micro-batches, eight rollouts a GPU
+    assert metrics["usual/pg_clipfrac"] == pytest.approx(share * clipped / count)
+    assert metrics["usual/ppo_kl"] == pytest.approx(share * kl / count)
+    assert metrics["usual/pg_clipfrac_lower"] == 0.0
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "erf", "arctan", "softsign"])
