@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +116,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if first and args.resume and not (config.output / "checkpoints").exists():
             console.remark(f"nothing to resume in {config.output}: a new run begins")
         finished = args.resume and (config.output / "summary.json").exists()
-        result = train(config, resume=args.resume)
+        with _warnings_as_remarks(console):
+            result = train(config, resume=args.resume)
     except (ValueError, CheckpointError) as error:  # a damaged checkpoint is one of what --output names
         raise ValueError(_in_options(str(error))) from error
     if not first:
@@ -131,6 +135,22 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.text(f"report: {result.output / 'report.html'}")
     console.result(result.to_dict())
     return 0
+
+
+@contextmanager
+def _warnings_as_remarks(console: Console) -> Iterator[None]:
+    """What the run has to say, in a line each; other packages' warnings as ever."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if category is RuntimeWarning:
+                console.remark(f"warning: {_in_options(' '.join(str(message).split()))}")
+            else:
+                others(message, category, *rest)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _option(name: str) -> str:

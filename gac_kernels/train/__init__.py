@@ -25,9 +25,17 @@ def train(config: TrainConfig, resume: bool = False, *, progress: bool = True) -
         progress: show the progress on standard error.
 
     Raises:
-        ValueError: the output directory holds another run (without ``resume``), or the run that is resumed had other
-            settings.
-    """
-    from .run import run
+        ValueError: the output directory holds another run (without ``resume``), another run is under way in it, or the
+            run that is resumed had other settings, another task file or another tokenizer.
+        CheckpointError: every checkpoint is damaged, or the newest was written by a newer version.
 
-    return run(config, resume=resume, progress=progress)
+    Warns:
+        RuntimeWarning: a checkpoint is damaged and the one before it taken; metrics.jsonl was mended; or the run does
+            not learn (``TrainResult.notices``).
+    """
+    from ._lock import OutputLock, is_first_rank
+
+    with OutputLock(config.output, wanted=is_first_rank()) as lock:  # at once: what follows takes seconds to import
+        from .run import run
+
+        return run(config, lock, resume=resume, progress=progress)

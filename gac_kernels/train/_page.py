@@ -32,6 +32,7 @@ figure > svg text { font-family: inherit !important; }
 .legend li { display: flex; align-items: center; gap: 0.4rem; }
 .legend sub { line-height: 0; }
 .swatch { width: 26px; height: 4px; flex: none; }
+.notice { margin: 0 0 0.75rem; padding: 0.6rem 1rem; border-left: 4px solid #c77700; background: var(--wash); }
 .note { margin: 0.2rem 0 0; color: var(--soft); font-size: 0.75rem; }
 table { border-collapse: collapse; width: 100%; margin: 0 0 1.5rem; font-size: 0.85rem;
   font-variant-numeric: tabular-nums; }

@@ -3,14 +3,14 @@
 A checkpoint is a directory `step-00000100/` of three files: `weights.safetensors`, `state.pt` (everything else,
 readable with `weights_only=True`) and `manifest.json` (size and sha256 of the other two). It is written under a
 temporary name, flushed to the disk file by file, and gets its name by one atomic rename; older checkpoints go only
-after that. So every directory with a proper name is whole, and what the disk damages later is told by the manifest.
+after that. So every directory with a proper name is whole, and what the disk damages later is told by the manifest:
+a file that changed, or anything else in its place.
 
 One process writes (rank 0); any number may read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,24 +26,24 @@ import torch
 from torch import Tensor
 
 from ._extras import require
+from ._manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    STATE,
+    WEIGHTS,
+    CheckpointError,
+    DamageError,
+    digest,
+    sealed,
+    sha256,
+    verify,
+)
 from ._storable import check_count, check_state, untie
 
-__all__ = ["Checkpoint", "CheckpointError", "load_checkpoint", "save_checkpoint"]
-
-FORMAT_VERSION = 1
-WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
+__all__ = ["Checkpoint", "CheckpointError", "load_checkpoint", "save_checkpoint", "sweep_checkpoints"]
 
 _NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _TEMPORARY = ".tmp-"
-_HASH_CHUNK_BYTES = 1 << 22
-
-
-class CheckpointError(RuntimeError):
-    """Checkpoints are there, but none of them can be used, or one was written by a newer version of this package."""
-
-
-class _DamageError(Exception):
-    """One checkpoint is unusable; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,14 @@ class Checkpoint:
     tensors: name -> contiguous tensor on the CPU with the saved dtype and shape; names that were tied share one tensor.
     state: the saved dictionary, its tensors on the CPU.
     path: the directory it was read from.
+    digest: sha256 of its manifest, which holds those of its files: equal for equal content only.
     """
 
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     path: Path
+    digest: str = ""
 
 
 def save_checkpoint(
@@ -102,7 +104,7 @@ def save_checkpoint(
         _write_weights(temporary / WEIGHTS, unique, aliases)
         _write_state(temporary / STATE, state)
         files = {name: _seal(temporary / name) for name in (WEIGHTS, STATE)}
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+        manifest = sealed({"format_version": FORMAT_VERSION, "step": step, "files": files})
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         _flush(temporary / MANIFEST)
         _flush(temporary)
@@ -118,8 +120,8 @@ def save_checkpoint(
 def load_checkpoint(directory: Path) -> Checkpoint | None:
     """Read the newest intact checkpoint of `directory`.
 
-    A damaged one (file missing, truncated or changed) is skipped with a `RuntimeWarning` that names the file and the
-    reason, and the one before it is tried.
+    A damaged one (a file missing, truncated, changed, unreadable, or a link, FIFO, device or directory in its place) is
+    skipped with a `RuntimeWarning` that names the file and the reason, and the one before it is tried.
 
     Returns:
         The checkpoint, all tensors on the CPU, or None if there is none.
@@ -131,17 +133,32 @@ def load_checkpoint(directory: Path) -> Checkpoint | None:
     damages: list[str] = []
     for _, path in _checkpoints(Path(directory)):
         try:
-            step = _verify(path)
-        except _DamageError as damage:
+            manifest = verify(path)
+        except DamageError as damage:
             damages.append(str(damage))
             warnings.warn(f"skipped a damaged checkpoint: {damage}", RuntimeWarning, stacklevel=2)
             continue
         # Past the hashes nothing is excused: an error here is a bug or a version that does not fit, not damage.
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        return Checkpoint(step=step, tensors=_read_weights(path / WEIGHTS), state=state, path=path)
+        tensors = _read_weights(path / WEIGHTS)
+        return Checkpoint(manifest["step"], tensors=tensors, state=state, path=path, digest=digest(manifest))
     if damages:
         raise CheckpointError(f"every checkpoint in {directory} is damaged:\n  " + "\n  ".join(damages))
     return None
+
+
+def sweep_checkpoints(directory: Path, step: int, keep: int) -> None:
+    """Remove what a killed save left: unfinished directories, and checkpoints before that of `step` beyond the `keep`
+    newest. Later ones stay for the next save to judge. For the one process that writes."""
+    kept = {step}
+    for other, path in _checkpoints(Path(directory)):
+        if other < step:
+            if other not in kept and len(kept) < keep:
+                kept.add(other)
+            else:
+                _discard(path)
+    if Path(directory).is_dir():
+        _discard_temporaries(Path(directory))
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -174,15 +191,7 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
 def _seal(path: Path) -> dict[str, int | str]:
     """Flush a finished file to the disk and return its entry of the manifest."""
     _flush(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _flush(path: Path) -> None:
@@ -203,10 +212,12 @@ def _make_directory(directory: Path) -> None:
 def _publish(temporary: Path, target: Path) -> None:
     """Give a finished checkpoint its name. A directory cannot be renamed onto a full one, so that steps aside first,
     under a name that `load_checkpoint` still reads: no moment is without a checkpoint."""
-    if target.exists():
+    if target.is_dir():
         aside = target.with_name(target.name + ".replaced")
         _discard(aside)
         os.replace(target, aside)
+    else:
+        _discard(target)  # if it is there, as something that is no checkpoint
     os.replace(temporary, target)
 
 
@@ -227,19 +238,27 @@ def _prune(directory: Path, step: int, keep: int) -> None:
             kept.append(other)
         else:  # too old, replaced, or damaged and of a later step
             _discard(path)
-    for path in directory.glob(f"{_TEMPORARY}*"):
+    _discard_temporaries(directory)
+
+
+def _discard_temporaries(directory: Path) -> None:
+    for path in [path for path in directory.iterdir() if path.name.startswith(_TEMPORARY)]:
         _discard(path)
 
 
 def _discard(path: Path) -> None:
-    """Remove a directory; it loses its name first, so that a kill midway leaves no half checkpoint."""
-    if not path.exists():
+    """Remove a directory; it loses its name first, so that a kill midway leaves no half checkpoint. A link goes without
+    what it points to, and so does a file or FIFO in a checkpoint's place."""
+    if not os.path.lexists(path):
         return
     if not path.name.startswith(_TEMPORARY):
         named, path = path, path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}")
         os.replace(named, path)
     try:
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     except OSError as error:  # a network disk keeps files that are open; the next save tries again
         warnings.warn(f"could not remove {path}: {error}", RuntimeWarning, stacklevel=2)
 
@@ -249,47 +268,17 @@ def _discard(path: Path) -> None:
 
 def _checkpoints(directory: Path) -> Iterator[tuple[int, Path]]:
     """(step, path) of every checkpoint, newest first; of one step, the replacing before the replaced."""
-    if not directory.is_dir():
+    if not os.path.lexists(directory):
         return
     found = [(match, path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
     for match, path in sorted(found, key=lambda item: (-int(item[0][1]), item[0][2] is not None)):
         yield int(match[1]), path
 
 
-def _verify(path: Path) -> int:
-    """Return the step of a checkpoint whose files are exactly those that were written."""
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_bytes())
-        version = manifest["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file}: format version {version}, written by a newer gac_kernels; this one reads {FORMAT_VERSION}: "
-                "update it, or move that checkpoint away to go on without"
-            )
-        step, entries = manifest["step"], manifest["files"]
-        expected = {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in (WEIGHTS, STATE)}
-        if version != FORMAT_VERSION:
-            raise _DamageError(f"{file}: format version {version!r}, this code reads {FORMAT_VERSION}")
-        if step != int(path.name.removesuffix(".replaced").removeprefix("step-")):
-            raise _DamageError(f"{file}: says step {step!r}")
-        for name, (size, digest) in expected.items():
-            file = path / name
-            if file.stat().st_size != size:
-                raise _DamageError(f"{file}: {file.stat().st_size} bytes, the manifest says {size}")
-            if _sha256(file) != digest:
-                raise _DamageError(f"{file}: its sha256 is not the manifest's")
-    except OSError as error:
-        raise _DamageError(f"{file}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise _DamageError(f"{file}: not a manifest ({type(error).__name__}: {error})") from error
-    return int(step)
-
-
 def _is_intact(path: Path) -> bool:
     try:
-        _verify(path)
-    except _DamageError:
+        verify(path)
+    except DamageError:
         return False
     return True
 

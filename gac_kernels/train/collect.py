@@ -128,10 +128,16 @@ class Collector:
             sum(row.reward for row in answered),
             sum(len(row.response) for row in answered),
             sum(row.response[-1] in self.codec.stop_ids for row in answered),
+            self.config.group_size * sum(min(group) < max(group) for group in self._rewards(answered)),
         )
         count, *totals = (sum(column) for column in zip(*self.ranks.gather(sums), strict=True))
-        names = ("reward", "response_length", "response_ended")
+        names = ("reward", "response_length", "response_ended", "groups_mixed")
         return {name: total / count for name, total in zip(names, totals, strict=True)} if count else {}
+
+    def _rewards(self, answered: Sequence[Answered]) -> list[list[float]]:
+        """Of each group: where all are equal it teaches nothing."""
+        size = self.config.group_size
+        return [[row.reward for row in answered[start : start + size]] for start in range(0, len(answered), size)]
 
     def _check_lengths(self) -> None:
         """Every prompt fits the model with its completion, and every demonstration fits a completion: one that is

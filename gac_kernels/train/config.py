@@ -263,6 +263,13 @@ class TrainConfig:
             raise ValueError(
                 f"demonstrations_per_step=0 needs controller='fixed' and mu=0.0, got {self.controller!r}, {self.mu}"
             )
+        learns = self.steps and self.prompts_per_step and (self.controller, self.mu) != ("fixed", 1.0)
+        if learns and self.group_size == 1 and self.controller != "hpt":  # which asks for the reward alone
+            raise ValueError(
+                "group_size must be >= 2 to learn from rewards, got 1: a completion's advantage is its reward less the "
+                "mean of its group, which is 0 for one alone. Try 4 or more; or, to train on demonstrations alone, "
+                "controller='fixed' and mu=1.0"
+            )
         if self.steps and 0 < self.demonstrations_per_step < self.micro_batches:
             raise ValueError(
                 f"demonstrations_per_step must be 0 or >= micro_batches = {self.micro_batches}, "

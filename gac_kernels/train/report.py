@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ._page import PAGE
 from ._panels import Metrics, compared_charts, run_charts
+from ._reading import read_json_object
 from .metrics import METRICS_FILE, read_metrics
 
 __all__ = ["write_report"]
@@ -83,7 +84,7 @@ def write_report(
         raise ValueError("runs must hold at least one run, or be None for the run in output")
     output = Path(output)
     loaded = [_Run(name, Path(path)) for name, path in (runs or {"": output}).items()]
-    parts = [_key_figures(loaded[0] if len(loaded) == 1 else None, extra or {})]
+    parts = [_key_figures(loaded[0] if len(loaded) == 1 else None, extra or {}), *map(_notices, loaded)]
     if len(loaded) > 1:
         parts += ["<h2>Comparison</h2>", _comparison_table(loaded), _comparison_charts(loaded)]
     for index, run in enumerate(loaded):
@@ -101,15 +102,7 @@ def write_report(
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+    return read_json_object(path) if os.path.lexists(path) else {}
 
 
 # Key figures --------------------------------------------------------------------------------------------------------
@@ -163,6 +156,14 @@ def _key_figures(run: _Run | None, extra: Mapping[str, object]) -> str:
     return f'<dl class="figures">{cards}</dl>' if cards else ""
 
 
+def _notices(run: _Run) -> str:
+    """What the run had to say, where it is seen first."""
+    told = run.summary.get("notices")
+    texts = [text for text in told if isinstance(text, str)] if isinstance(told, list) else []
+    name = f"<b>{html.escape(run.name)}</b>: " if run.name else ""
+    return "".join(f'<p class="notice">{name}{html.escape(text)}</p>' for text in texts)
+
+
 def _comparison_table(runs: list[_Run]) -> str:
     by_run = [dict(_figures(run)) for run in runs]
     names = list(dict.fromkeys(name for figures in by_run for name in figures))
@@ -205,7 +206,8 @@ def _summary_table(run: _Run) -> str:
 
 def _settings(run: _Run) -> str:
     tables = []
-    for heading, content in (("Result", run.summary), ("Settings", run.config)):
+    result = {key: value for key, value in run.summary.items() if key != "notices"}  # above
+    for heading, content in (("Result", result), ("Settings", run.config)):
         rows = [[f"<code>{html.escape(key)}</code>", _number(value)] for key, value in _flatten(content)]
         if rows:
             tables.append(f"<h3>{heading}</h3>{_table('<th>Name</th><th>Value</th>', rows, 'settings')}")

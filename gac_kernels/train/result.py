@@ -18,6 +18,8 @@ class TrainResult:
         steps: optimizer steps of the run proper, in all sittings together; the warm start is not counted.
         seconds: wall time of training and evaluation, in all sittings together.
         output: the run's directory.
+        notices: what went wrong without an error, in words: no completion ever ended, rewards that were all equal, an
+            accuracy that stayed 0.
     """
 
     accuracy_before: float
@@ -26,7 +28,8 @@ class TrainResult:
     steps: int
     seconds: float
     output: Path
+    notices: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as the command line prints them."""
-        return {**asdict(self), "output": str(self.output)}
+        return {**asdict(self), "output": str(self.output), "notices": list(self.notices)}

@@ -2,84 +2,86 @@
 
 from __future__ import annotations
 
-import json
 import time
+import warnings
 
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from torch import Tensor
+
+from ._lock import OutputLock
+from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .loop import Trainer
 from .metrics import MetricsWriter
 from .model import save_model
+from .notices import Watch
+from .output import Found, sweep, write_json
 from .ranks import Ranks
 from .report import write_report
 from .result import TrainResult
 
 
-def run(config: TrainConfig, *, resume: bool, progress: bool) -> TrainResult:
+def run(config: TrainConfig, lock: OutputLock, *, resume: bool, progress: bool) -> TrainResult:
     """See :func:`gac_kernels.train.train`."""
     ranks = Ranks.from_environment(config.device)
     try:
-        return _run(config, ranks, resume=resume, progress=progress)
+        return _run(config, ranks, lock, resume=resume, progress=progress)
     finally:
         ranks.close()
 
 
-def _run(config: TrainConfig, ranks: Ranks, *, resume: bool, progress: bool) -> TrainResult:
+def _run(config: TrainConfig, ranks: Ranks, lock: OutputLock, *, resume: bool, progress: bool) -> TrainResult:
     """Every rank takes the steps; the first one writes."""
-    checkpoint = ranks.alike(lambda: _open_output(config, resume))
-    sitting = _Sitting(config, ranks, checkpoint)
+    ranks.alike(lock.check)
+    found = ranks.alike(lambda: Found.look(config, resume))
+    found.agree(ranks, config)
+    ranks.alike(lambda: found.check(config))
+    sitting = _Sitting(config, ranks, found)
     if ranks.rank != 0:
         sitting.run(None)
         sitting.trainer.engine.weights()  # the first rank gathers them to save
         return sitting.result()
+    sweep(config, 0 if found.checkpoint is None else found.checkpoint.step)
     in_force = {"controller_in_force": str(config.resolved_controller())} if config.controller == "gac" else {}
-    _write_json(config, "config.json", config.to_dict() | in_force)
-    resume_step = None if checkpoint is None else checkpoint.step
-    with MetricsWriter(config.output, resume_step=resume_step, total_steps=config.total_steps, show=progress) as writer:
+    write_json(config.output / "config.json", config.to_dict() | in_force)
+    with MetricsWriter(
+        config.output,
+        resume_step=None if found.checkpoint is None else found.checkpoint.step,
+        resume_log=sitting.log,
+        total_steps=config.total_steps,
+        show=progress,
+    ) as writer:
         sitting.run(writer)
     trainer = sitting.trainer
     save_model(trainer.model, trainer.tokenizer, config.output / "model", trainer.engine.weights())
     result = sitting.result()
-    _write_json(config, "summary.json", result.to_dict())
+    write_json(config.output / "summary.json", result.to_dict())
     write_report(config.output)
     return result
-
-
-def _open_output(config: TrainConfig, resume: bool) -> Checkpoint | None:
-    """The checkpoint to continue from, if any; a directory that holds another run is not written over."""
-    if resume:
-        return load_checkpoint(config.output / "checkpoints")
-    for name in ("checkpoints", "metrics.jsonl"):
-        if (config.output / name).exists():
-            raise ValueError(
-                f"output: {config.output} holds a run already ({name}); "
-                "continue it with resume=True, or name another directory"
-            )
-    return None
-
-
-def _write_json(config: TrainConfig, name: str, value: dict) -> None:
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 class _Sitting:
     """A run from where it stands to its end: the trainer, and what outlives a sitting beside the trainer's state."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, checkpoint: Checkpoint | None) -> None:
-        self.config, self.trainer = config, Trainer(config, ranks)
+    def __init__(self, config: TrainConfig, ranks: Ranks, found: Found) -> None:
+        self.config, self.trainer, self.fingerprints = config, Trainer(config, ranks), found.fingerprints
         self.before: float | None = None
         self.after: float | None = None
-        self.seconds = 0.0
-        if checkpoint is not None:
-            state = dict(checkpoint.state)
+        self.reward: float | None = None
+        self.log: Tensor | None = None
+        self.seconds, self.watch = 0.0, Watch(config)
+        if found.checkpoint is not None:
+            state = dict(found.checkpoint.state)
             own = state.pop("run")
-            self.trainer.load_state_dict({"tensors": checkpoint.tensors, "state": state})
+            self.trainer.load_state_dict({"tensors": found.checkpoint.tensors, "state": state})
             self.before, self.after, self.seconds = own["before"], own["after"], own["seconds"]
+            self.reward, self.log = own.get("reward"), own.get("log")
+            if "watch" in own:  # not in checkpoints of earlier versions
+                self.watch.load_state_dict(own["watch"])
+        self._writer: MetricsWriter | None = None
         self._began = time.perf_counter()
 
     def run(self, writer: MetricsWriter | None) -> None:
-        config, trainer = self.config, self.trainer
+        config, trainer, self._writer = self.config, self.trainer, writer
         if config.warmup_sft_steps == 0 and self.before is None:
             self.before = trainer.evaluate()
             if writer is not None:
@@ -92,11 +94,20 @@ class _Sitting:
                     self.before = self.after
             if writer is not None:
                 writer.log(trainer.steps_done, metrics)
+                self.reward = metrics.get("reward", self.reward)
+                self._say(self.watch.step(metrics))
             if self._due(config.checkpoint_every, config.total_steps):
                 self._save()
+        if writer is not None:
+            assert self.before is not None and self.after is not None  # both steps are behind a finished run
+            self._say(self.watch.finish(self.before, self.after, self.reward))
+
+    def _say(self, notices: list[str]) -> None:
+        for text in notices:
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def result(self) -> TrainResult:
-        assert self.before is not None and self.after is not None  # both steps are behind a finished run
+        assert self.before is not None and self.after is not None
         return TrainResult(
             accuracy_before=self.before,
             accuracy_after=self.after,
@@ -104,6 +115,7 @@ class _Sitting:
             steps=self.trainer.steps_done - self.config.warmup_sft_steps,
             seconds=self.seconds,
             output=self.config.output,
+            notices=tuple(self.watch.told.values()),
         )
 
     def _due(self, every: int, *always: int) -> bool:
@@ -114,9 +126,17 @@ class _Sitting:
         now = time.perf_counter()
         self.seconds, self._began = self.seconds + now - self._began, now
         saved = self.trainer.state_dict()
-        if self.trainer.ranks.rank != 0:
+        if self._writer is None:
             return
-        own = {"before": self.before, "after": self.after, "seconds": self.seconds}
+        own = {
+            "before": self.before,
+            "after": self.after,
+            "seconds": self.seconds,
+            "reward": self.reward,
+            "log": self._writer.packed(),
+            "watch": self.watch.state_dict(),
+            "fingerprints": self.fingerprints,
+        }
         save_checkpoint(
             self.config.output / "checkpoints",
             self.trainer.steps_done,

@@ -35,8 +35,6 @@ READ_ONLY = {
     "_checkpoints",
     "_flush",
     "_seal",
-    "_sha256",
-    "_verify",
     "<genexpr>",
     "<listcomp>",
     "<lambda>",

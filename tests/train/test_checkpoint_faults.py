@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -14,6 +16,7 @@ import pytest
 import torch
 from small_checkpoints import FILES, names, save
 
+from gac_kernels.train import _manifest as manifests
 from gac_kernels.train import checkpoint as module
 from gac_kernels.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
@@ -73,26 +76,20 @@ def test_one_flipped_bit_means_the_previous_checkpoint(tmp_path: Path, file: str
 def test_no_flipped_bit_of_the_manifest_changes_what_is_loaded(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2) / "manifest.json"
-    detected = refused = newer = 0
+    detected = 0
     total = 8 * path.stat().st_size
     bits_tried = range(0, total, 15)  # each of the eight bits of a byte in turn
     for bit in bits_tried:
         flip_bit(path, bit)
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
-            try:
-                found = load_checkpoint(tmp_path)
-            except CheckpointError as error:
-                found, refusal = None, str(error)
-        if found is None:  # a later digit in place of the 1
-            refused += 1
-            newer += "written by a newer" in refusal
-        else:
-            assert found.step == (1 if record else 2)
-            assert torch.equal(found.tensors["w"], torch.arange(6.0) + found.step)
-        detected += bool(record) or found is None
+            found = load_checkpoint(tmp_path)
+        assert found is not None
+        assert found.step == (1 if record else 2)
+        assert torch.equal(found.tensors["w"], torch.arange(6.0) + found.step)
+        detected += bool(record)
         flip_bit(path, bit)
-    assert detected > 0.8 * len(bits_tried) and refused == newer <= 3
+    assert detected > 0.8 * len(bits_tried)
 
 
 def test_a_manifest_of_another_format_or_step_is_not_believed(tmp_path: Path) -> None:
@@ -107,14 +104,148 @@ def test_a_manifest_of_another_format_or_step_is_not_believed(tmp_path: Path) ->
         expect_previous(tmp_path, str(path), reason)
 
 
-def test_a_checkpoint_of_a_newer_version_is_neither_passed_over_nor_removed(tmp_path: Path) -> None:
+OF_VERSION_2: dict[str, Any] = {"format_version": 2, "contents": "as that version likes"}
+
+
+@pytest.mark.parametrize(
+    "content", [OF_VERSION_2, manifests.sealed(OF_VERSION_2), None], ids=["plain", "sealed", "ours"]
+)
+def test_a_checkpoint_of_a_newer_version_is_neither_passed_over_nor_removed(tmp_path: Path, content: Any) -> None:
+    """Whatever it holds, also what this version's holds: then its sha256 tells that the number was written."""
     save(tmp_path, 1)
     path = save(tmp_path, 2) / "manifest.json"
-    path.write_text(json.dumps({"format_version": 2, "contents": "as that version likes"}))
+    if content is None:
+        ours = json.loads(path.read_text())
+        del ours["sha256"]
+        content = manifests.sealed(ours | {"format_version": 2})
+    path.write_text(json.dumps(content))
     for use in (lambda: load_checkpoint(tmp_path), lambda: save(tmp_path, 1), lambda: save(tmp_path, 2)):
         with pytest.raises(CheckpointError, match="format version 2, written by a newer gac_kernels; this one reads 1"):
             use()
     assert path.exists() and (tmp_path / "step-00000001").exists()
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["as written", "without its sha256"])
+@pytest.mark.parametrize("digit", "0235789")
+def test_a_damaged_version_digit_costs_that_checkpoint_only(tmp_path: Path, digit: str, sealed: bool) -> None:
+    for step in (1, 2):
+        path = save(tmp_path, step) / "manifest.json"
+        if not sealed:
+            content = json.loads(path.read_text())
+            del content["sha256"]
+            path.write_text(json.dumps(content))
+    path.write_text(path.read_text().replace('"format_version": 1', f'"format_version": {digit}'))
+    expect_previous(tmp_path, str(path), f"format version {digit}")
+    assert save(tmp_path, 2).is_dir()
+    found = load_checkpoint(tmp_path)
+    assert found is not None and found.step == 2
+
+
+def in_place(kind: str, path: Path, outside: Path) -> None:
+    """Put something else where a file or a checkpoint was."""
+    outside.mkdir()
+    path.rename(outside / "was")
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as made:
+            made.bind(os.path.relpath(path))  # a name of its own may have 100 characters
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "file":
+        path.write_bytes(b"")
+    else:
+        path.symlink_to(
+            {"dangling": outside / "nothing", "loop": path, "device": Path("/dev/zero")}.get(kind, outside / "was")
+        )
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("kind", ["fifo", "socket", "directory", "dangling", "loop", "device", "link"])
+def test_what_stands_in_a_files_place_costs_that_checkpoint_only(tmp_path: Path, kind: str, file: str) -> None:
+    """Nothing blocks, nothing is read without end, and what a link points to is left alone."""
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    for step in (1, 2):
+        path = save(run, step)
+    in_place(kind, path / file, outside)
+    expect_previous(run, str(path / file))
+    save(run, 2)
+    found = load_checkpoint(run)
+    assert found is not None and found.step == 2
+    assert [p.name for p in outside.iterdir()] == ["was"] and (outside / "was").stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["fifo", "file", "dangling", "loop", "directory"])
+def test_what_stands_in_a_checkpoints_place_costs_that_one_only(tmp_path: Path, kind: str) -> None:
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    for step in (1, 2):
+        path = save(run, step)
+    in_place(kind, path, outside)
+    expect_previous(run, str(path))
+    save(run, 2)
+    found = load_checkpoint(run)
+    assert found is not None and found.step == 2 and names(run) == ["step-00000001", "step-00000002"]
+    assert sorted(p.name for p in (outside / "was").iterdir()) == sorted(FILES)
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_read_and_only_its_link_removed(tmp_path: Path) -> None:
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    path = save(run, 1)
+    in_place("link", path, outside)
+    found = load_checkpoint(run)
+    assert found is not None and found.step == 1
+    for step in (1, 2, 3):
+        save(run, step, keep=1)
+        assert names(run) == [f"step-0000000{step}"]
+    assert sorted(p.name for p in (outside / "was").iterdir()) == sorted(FILES)
+
+
+MANIFESTS = {
+    "brackets": "[" * 100_000,
+    "deep": '{"a":' * 500 + "1" + "}" * 500,
+    "nan": '{"format_version": 1, "step": NaN, "files": {}}',
+    "twice": '{"format_version": 1, "format_version": 9, "step": 2, "files": {}}',
+    "digits": '{"format_version": ' + "9" * 5000 + "}",
+    "large": '{"format_version": ' + "9" * 400 + "}",
+    "true": '{"format_version": true, "step": 2, "files": {}}',
+    "list": "[1]", "null": "null", "empty": "", "zeros": "\0" * 99,
+    "files": '{"format_version": 1, "step": 2, "files": 3}',
+    "sizes": '{"format_version": 1, "step": 2, "files": {"weights.safetensors": [1], "state.pt": {"bytes": "x"}}}',
+    "space": " " * (1 << 25),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_of_any_content_costs_that_checkpoint_only(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / "manifest.json"
+    path.write_text(MANIFESTS[name])
+    expect_previous(tmp_path, str(path))
+    save(tmp_path, 2)
+    found = load_checkpoint(tmp_path)
+    assert found is not None and found.step == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_may_not_be_read_costs_that_checkpoint_only(tmp_path: Path, file: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / file
+    path.chmod(0)
+    expect_previous(tmp_path, str(path), "Permission denied")
+
+
+def test_the_next_sitting_sweeps_what_a_killed_save_left(tmp_path: Path) -> None:
+    """Killed between a rename and what follows it: more than `keep` checkpoints, and a temporary one."""
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step, keep=9)
+    (tmp_path / ".tmp-step-00000006-1-a").mkdir()
+    (tmp_path / ".tmp-step-00000006-1-a" / "state.pt").write_bytes(b"half")
+    (tmp_path / ".tmp-file").write_bytes(b"")
+    (tmp_path / "step-00000005" / "state.pt").unlink()  # the run goes on from 4; the next save judges of 5
+    module.sweep_checkpoints(tmp_path, 4, keep=2)
+    assert names(tmp_path) == ["step-00000003", "step-00000004", "step-00000005"]
+    module.sweep_checkpoints(tmp_path / "nowhere", 4, keep=2)
 
 
 def test_all_damaged_is_an_error_that_lists_them(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from gac_kernels.train import _display as display
 from gac_kernels.train import metrics as module
 from gac_kernels.train.metrics import MetricsWriter, read_metrics
 
@@ -230,7 +231,7 @@ def test_without_a_terminal_a_plain_line_now_and_then(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
     with MetricsWriter(tmp_path, total_steps=9) as writer:
         for step in range(1, 10):
             clock[0] += 4.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -237,6 +238,31 @@ def test_files_that_are_missing_or_malformed_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="runs must hold at least one run"):
         write_report(tmp_path, runs={})
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "config.json", "summary.json"])
+@pytest.mark.parametrize("kind", ["brackets", "deep", "nan", "twice", "large", "fifo", "directory", "dangling"])
+def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, file: str, kind: str) -> None:
+    contents = {
+        "brackets": "[" * 100_000,
+        "deep": '{"a":' * 100 + "1" + "}" * 100,
+        "nan": '{"step": 1, "a": NaN}',
+        "twice": '{"step": 1, "step": 2}',
+        "large": '{"step": 1, "a": 1e999}',
+    }
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    path = tmp_path / file
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "dangling":
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.write_text(contents[kind] + "\n")
+    with pytest.raises((ValueError, OSError), match=re.escape(str(path))):
+        write_report(tmp_path)
 
 
 # Several runs -------------------------------------------------------------------------------------------------------
