@@ -244,7 +244,7 @@ def test_train_and_resume(tmp_path, capsys):
     output = capsys.readouterr()
     assert f"nothing to resume in {tmp_path / 'run'}: a new run begins" in output.err
     found = json.loads(output.out.splitlines()[-1])
-    assert list(found) == ["accuracy_before", "accuracy_after", "mu", "steps", "seconds", "output"]
+    assert list(found) == ["accuracy_before", "accuracy_after", "mu", "steps", "seconds", "output", "notices"]
     assert found["steps"] == 2 and found["output"] == str(tmp_path / "run")
     assert (tmp_path / "run" / "report.html").is_file()
     assert "already" in error_line(capsys, *args)

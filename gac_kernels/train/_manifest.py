@@ -87,23 +87,26 @@ def _check_version(file: Path, manifest: Any) -> None:
     version = manifest["format_version"]
     if type(version) is int and version == FORMAT_VERSION:
         return
-    later = type(version) is int and version > FORMAT_VERSION
-    if later and _is_a_later_version(manifest):
+    flipped = type(version) is int and _is_a_flipped_bit(manifest)
+    if type(version) is int and version > FORMAT_VERSION and not flipped:
         raise CheckpointError(
             f"{file}: format version {version}, written by a newer gac_kernels; this one reads {FORMAT_VERSION}: "
             "update it, or move that checkpoint away to go on without"
         )
     shown = str(version)[:40] if type(version) is int else repr(version)[:40]
-    reason = ", and its sha256 is not that of its content" if later else ""
+    reason = ", and all else in it is that of a manifest of this version" if flipped else ""
     raise DamageError(f"{file}: format version {shown}, this code reads {FORMAT_VERSION}{reason}")
 
 
-def _is_a_later_version(manifest: dict[str, Any]) -> bool:
-    """Whether the number was written and is not damage: the seal fits. One without a seal is no later version either if
-    all of it is what version 1 once wrote without."""
+def _is_a_flipped_bit(manifest: dict[str, Any]) -> bool:
+    """Whether one bit turned our number into this one: with ours in its place the seal fits; or there is none, and all
+    else is what version 1 once wrote without. Anything else is not ours to call damaged."""
+    ours, theirs = str(FORMAT_VERSION), str(manifest["format_version"])
+    if len(ours) != len(theirs) or sum((ord(a) ^ ord(b)).bit_count() for a, b in zip(ours, theirs, strict=True)) != 1:
+        return False
     if _SEAL in manifest:
-        return bool(manifest[_SEAL] == digest(manifest))
-    return manifest.keys() != _KEYS_WITHOUT_SEAL
+        return bool(manifest[_SEAL] == digest({**manifest, "format_version": FORMAT_VERSION}))
+    return manifest.keys() == _KEYS_WITHOUT_SEAL
 
 
 def _digest(content: dict[str, Any]) -> str:
