@@ -50,7 +50,7 @@ SETTINGS: tuple[tuple[str, type, str, str], ...] = (
     ("eval_size", int, "256, at most a fifth of a file", "held-out problems"),
     ("eval_every", int, "0", "steps between evaluations, 0: before and after only"),
     ("checkpoint_every", int, "50", "steps between checkpoints, 0: only at the end"),
-    ("dtype", str, "float32", "of the weights: float32, bfloat16 or float64"),
+    ("dtype", str, "float32", "float32; bfloat16: products by autocast, weights float32; float64"),
     ("device", str, "cpu", "where everything runs"),
     ("head", str, "auto", "auto: the loss from hidden states where the head is understood; logits: from logits"),
 )

@@ -74,7 +74,10 @@ class TrainConfig:
         eval_batch: problems decoded at once.
         checkpoint_every, checkpoint_keep: steps between checkpoints (0: only the last) and how many are kept.
         seed: of weights, data order and sampling.
-        dtype: of the weights. device: where everything runs.
+        dtype: ``"float32"`` or ``"float64"``, of everything; or ``"bfloat16"``, mixed precision: autocast computes
+            products in bfloat16, while the weights, their gradients, AdamW's state, checkpoints and the exported model
+            stay float32. (Updates of 1e-6 are below half the spacing of bfloat16 weights: most would be lost.)
+        device: where everything runs.
         head: ``"auto"`` makes the loss from the last hidden states, without the whole batch's logits, where the model's
             head is understood, else from its logits; ``"logits"`` always from these.
         fsdp: spread the weights over ranks with FSDP2; otherwise several ranks train under DDP.
@@ -171,6 +174,16 @@ class TrainConfig:
             prior=CosinePrior(warmup=warmup, decay=max(1, self.horizon - warmup), peak=0.85, valley=0.15),
         )
 
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of the weights, their gradients and the optimizer's state."""
+        return torch.float32 if self.dtype == "bfloat16" else getattr(torch, self.dtype)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of the products where that is not the weights'; else None."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else None
+
     def check_ranks(self, size: int) -> None:
         """Raise ValueError where the run cannot be shared by ``size`` ranks: each needs rows in every step."""
         if size == 1:
@@ -223,6 +236,11 @@ class TrainConfig:
             raise ValueError(f"tiny_hidden must be a multiple of 8 (4 heads of even width), got {self.tiny_hidden}")
 
     def _check_choices(self) -> None:
+        if self.dtype == "float16":
+            raise ValueError(
+                f"dtype must be one of {', '.join(DTYPES)}; got 'float16', which needs a loss scale, and this loop has "
+                "none: take 'bfloat16'"
+            )
         for name, allowed in (
             ("controller", CONTROLLERS),
             ("dtype", DTYPES),

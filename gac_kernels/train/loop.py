@@ -1,7 +1,7 @@
 """The training loop, one optimizer step at a time.
 
-Simplifications, stated first: rollouts by ``generate`` of the very model that is trained, dropout off, no mixed
-precision beyond the weights' own dtype, a reference model that is whole on every rank.
+Simplifications, stated first: rollouts by ``generate`` of the very model that is trained, dropout off, a reference
+model that is whole on every rank.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Trainer:
         config.check_ranks(self.ranks.size)
         task = build_task(config)
         self.model, self.tokenizer = build_model(config, task)
-        self.policy = Policy(self.model, head_of(self.model) if config.head == "auto" else None)
+        head = head_of(self.model) if config.head == "auto" else None
+        self.policy = Policy(self.model, head, config.autocast_dtype)
         self.collector = Collector(config, task, build_codec(self.model, self.tokenizer), self.ranks)
         self.reference: Policy | None = None
         self.engine = Engine(self.policy, self.ranks, config.fsdp)
@@ -244,10 +245,10 @@ class Trainer:
         """A policy of these weights that nobody trains."""
         model = copy.deepcopy(self.model) if not self.engine.fsdp else type(self.model)(self.model.config)
         move: Any = model.to  # transformers wraps it without its types
-        move(device=self.config.device, dtype=getattr(torch, self.config.dtype))
+        move(device=self.config.device, dtype=self.config.weights_dtype)
         model.eval().requires_grad_(False)
         model.load_state_dict(weights)
-        return Policy(model, self.policy.head)
+        return Policy(model, self.policy.head, self.policy.autocast_dtype)
 
     # randomness -------------------------------------------------------------------------------------------------------
 

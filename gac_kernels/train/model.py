@@ -30,12 +30,12 @@ from .tokenizer import character_tokenizer, load_tokenizer
 
 
 def build_model(config: TrainConfig, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy in ``config.dtype`` on ``config.device`` and its tokenizer.
+    """The policy in ``config.weights_dtype`` on ``config.device`` and its tokenizer.
 
     Dropout stays off in training as in sampling: with it, a token's log-prob would differ between two passes and the
     importance ratio would not be 1 on-policy.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype = config.weights_dtype
     tokenizer: PreTrainedTokenizerBase
     if config.model == "tiny":
         tokenizer = character_tokenizer(task.texts())

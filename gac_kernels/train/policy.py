@@ -54,14 +54,24 @@ class Policy(torch.nn.Module):
 
     Attributes:
         model: what is trained. head: None where the loss is made of the model's own logits.
+        autocast_dtype: what products are computed in where it is not the weights' dtype, in every pass alike.
         synced: whether ranks generate in step, as weights that are spread over them need.
     """
 
-    def __init__(self, model: PreTrainedModel, head: Head | None) -> None:
+    def __init__(self, model: PreTrainedModel, head: Head | None, autocast_dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.model, self.head, self.synced = model, head, False
+        self.model, self.head, self.autocast_dtype, self.synced = model, head, autocast_dtype, False
 
-    def forward(
+    def _precision(self) -> torch.autocast:
+        """A context of its own for each pass: the casts of the weights that autocast keeps end with it."""
+        return torch.autocast(self.model.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, HybridLoss | None]:
+        """See :meth:`_pass`."""
+        with self._precision():
+            return self._pass(*args, **kwargs)
+
+    def _pass(
         self,
         rows: RolloutBatch,
         temperature: float,
@@ -98,10 +108,11 @@ class Policy(torch.nn.Module):
 
         A base's head has no scale and no soft cap in the loss; a model with these gives its logits.
         """
-        if whole_logits or self.head is None or (self.head.scale, self.head.softcap) != (1.0, None):
-            return {"base_logits": response_logits(self.model, rows)}
-        layer = self.model.get_output_embeddings()
-        return {"base_hidden": self._hidden(rows), "base_weight": layer.weight, "base_bias": layer.bias}
+        with self._precision():
+            if whole_logits or self.head is None or (self.head.scale, self.head.softcap) != (1.0, None):
+                return {"base_logits": response_logits(self.model, rows)}
+            layer = self.model.get_output_embeddings()
+            return {"base_hidden": self._hidden(rows), "base_weight": layer.weight, "base_bias": layer.bias}
 
     def _hidden(self, rows: RolloutBatch) -> Tensor:
         """``(S, T, H)``: the last hidden states that predict the response tokens."""
@@ -129,7 +140,8 @@ class Policy(torch.nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """``model.generate``, in step with the other ranks where that is needed."""
         generate: Any = self.model.generate
-        sequences: Tensor = generate(*args, synced_gpus=self.synced, **kwargs)
+        with self._precision():
+            sequences: Tensor = generate(*args, synced_gpus=self.synced, **kwargs)
         return sequences
 
     def layers(self) -> Iterable[torch.nn.Module]:

@@ -147,6 +147,12 @@ class Engine:
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         own = self.policy.model.state_dict()
+        for name, value in weights.items():
+            if name in own and value.dtype != own[name].dtype:
+                raise ValueError(
+                    f"resume needs weights in {own[name].dtype}, the checkpoint holds {name} in {value.dtype}: begin "
+                    "a new run (earlier versions kept bfloat16 weights under dtype='bfloat16')"
+                )
         self.policy.model.load_state_dict({n: _spread_like(v, own[n]) if n in own else v for n, v in weights.items()})
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

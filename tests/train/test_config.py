@@ -27,6 +27,7 @@ from gac_kernels.train.config import TrainConfig
         ({"eval_size": 0}, ValueError, "eval_size must be None or an int >= 1, got 0"),
         ({"controller": "magic"}, ValueError, "controller must be one of gac, fixed"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of"),
+        ({"dtype": "float16"}, ValueError, "float16', which needs a loss scale, .*take 'bfloat16'"),
         ({"objective": "sapo"}, TypeError, "objective must be a HybridObjective"),
         ({"objective": gk.HybridObjective(supervised=gk.GIFT())}, ValueError, "reference must be True for GIFT"),
         ({"objective": gk.HybridObjective(kl_coef=0.1)}, ValueError, "reference must be True"),

@@ -58,6 +58,7 @@ VARIANTS = {
     },
     "micro-batches": {"micro_batches": 2, "updates_per_rollout": 2, "temperature": 1.3},
     "hpt": {"controller": "hpt", "hpt_gamma": 0.2},
+    "bfloat16": {"dtype": "bfloat16", "reference": True, "updates_per_rollout": 2, "warmup_sft_steps": 1},
     "demonstrations alone": {"prompts_per_step": 0, "controller": "fixed", "mu": 1.0},
     "gift": {"reference": True, "objective": gk.HybridObjective(supervised=gk.GIFT(2.0)), "warmup_sft_steps": 1},
 }

@@ -39,6 +39,10 @@ def settings(head, fsdp=False, **more):
     )  # fmt: skip
 
 
+def in_bfloat16(fsdp=False):
+    return replace(settings("auto", fsdp), dtype="bfloat16", learning_rate=1e-4)
+
+
 def batches() -> list[RolloutBatch]:
     """Two batches of random rows: four groups of three rollouts, three demonstrations, lengths ragged."""
     made = []
@@ -112,6 +116,7 @@ def worker(rank, file):
             for head in OBJECTIVES:
                 seen[kind, head] = take_steps(Trainer(settings(head, kind == "fsdp"), ranks), SHARES[rank])
                 seen[kind, head, "resumed"] = resumed(head, kind == "fsdp", ranks)
+            seen[kind, "bfloat16"] = take_steps(Trainer(in_bfloat16(kind == "fsdp"), ranks), SHARES[rank])
         torch.save(seen, f"{file}.{rank}")
     finally:
         dist.destroy_process_group()
@@ -138,6 +143,20 @@ def test_two_ranks_take_the_steps_of_one_process(ranks, kind, head):
             torch.testing.assert_close(got["weights"][name], value, rtol=1e-6, atol=1e-7, msg=name)
         for mine, theirs in zip(got["logged"], want["logged"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_in_bfloat16_keep_float32_weights(ranks, kind):
+    """Rows are summed in another order, so products that round to bfloat16 may round to its neighbour."""
+    want = take_steps(Trainer(in_bfloat16()))
+    for found in ranks:
+        got = found[kind, "bfloat16"]
+        for name, value in want["weights"].items():
+            assert got["weights"][name].dtype == value.dtype == torch.float32
+            assert torch.equal(got["weights"][name], ranks[0][kind, "bfloat16"]["weights"][name])
+        for mine, theirs in zip(got["logged"], want["logged"], strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.02, abs=1e-3)
+            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
 
 
 @pytest.mark.parametrize("head", OBJECTIVES)
