@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import library
 from .reference.advantages import BASELINES, SCALES
+from .tensors import INTS, NUMBERS, plain_tensor
 
 __all__ = ["group_advantages"]
 
@@ -54,8 +55,7 @@ def group_advantages(
 
 
 def _check(rewards_S: Tensor, groups: int | Tensor, baseline: str, scale: str, eps: float) -> int | Tensor:
-    if not isinstance(rewards_S, Tensor) or rewards_S.is_complex():
-        raise TypeError(f"rewards_S must be a real tensor, got {getattr(rewards_S, 'dtype', type(rewards_S).__name__)}")
+    plain_tensor("rewards_S", rewards_S, (torch.bool, *NUMBERS))
     if rewards_S.dim() != 1:
         raise ValueError(f"rewards_S must have shape (S,), got {tuple(rewards_S.shape)}")
     if baseline not in BASELINES:
@@ -74,13 +74,9 @@ def _check(rewards_S: Tensor, groups: int | Tensor, baseline: str, scale: str, e
         if not all(isinstance(group, numbers.Integral) and not isinstance(group, bool) for group in groups):
             raise TypeError(f"groups must be an int or integer ids, got {groups!r}")
         groups = torch.tensor(groups, dtype=torch.int64, device=rewards_S.device)
-    if (
-        not isinstance(groups, Tensor)
-        or groups.dtype.is_floating_point
-        or groups.is_complex()
-        or groups.dtype == torch.bool
-    ):
+    if not isinstance(groups, Tensor) or groups.dtype not in (torch.uint8, torch.int8, torch.int16, *INTS):
         raise TypeError(f"groups must be an int or integer ids, got {getattr(groups, 'dtype', type(groups).__name__)}")
+    plain_tensor("groups", groups)
     if groups.shape != rewards_S.shape:
         raise ValueError(f"groups must have shape {tuple(rewards_S.shape)} as the rewards, got {tuple(groups.shape)}")
     if groups.device != rewards_S.device:

@@ -32,6 +32,7 @@ from .distributed import check_group, gather_signals, mean_kl, world_size
 from .library import call
 from .reference.controller import optimal_mu
 from .signals import Signals, concatenate, estimate, live_policy_tokens, require_alike
+from .tensors import NUMBERS, plain_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -288,6 +289,7 @@ class GuidedAdaptiveController:
         """The operator's kl: of this rank alone, 0-d, or of all ranks, (3,)."""
         device = self._state.device
         if isinstance(kl, Tensor):
+            plain_tensor("kl", kl, NUMBERS)
             if kl.dim() != 0 or kl.device != device:
                 raise ValueError(f"kl must be 0-d on {device}, got shape {tuple(kl.shape)} on {kl.device}")
             kl = kl.detach().double()

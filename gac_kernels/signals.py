@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .tensors import FLOATS, plain_tensor
+
 __all__ = ["SIGNAL_COLUMNS", "Estimate", "Signals", "coefficient_estimate", "hidden_estimate", "logit_estimate"]
 
 # Columns of Signals.rows. c_s, c_r: slope of the supervised and of the RL term of a token; n_t = 1 - 2 p + sum p^2;
@@ -67,8 +69,7 @@ class Signals:
     hidden: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rows, Tensor):
-            raise TypeError(f"rows must be a torch.Tensor, got {type(self.rows).__name__}")
+        plain_tensor("rows", self.rows)
         if self.rows.dim() != 2 or self.rows.shape[1] != len(SIGNAL_COLUMNS):
             raise ValueError(f"rows must have shape (S, {len(SIGNAL_COLUMNS)}), got {tuple(self.rows.shape)}")
         if self.rows.dtype not in (torch.float32, torch.float64):
@@ -115,9 +116,7 @@ class Signals:
 
 
 def _check_hidden(hidden: Tensor, rows: Tensor) -> None:
-    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
-        came = hidden.dtype if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise TypeError(f"hidden must be a floating point tensor, got {came}")
+    plain_tensor("hidden", hidden, FLOATS)
     if hidden.dim() != 2 or hidden.shape[0] != rows.shape[0]:
         raise ValueError(f"hidden must have shape ({rows.shape[0]}, H), got {tuple(hidden.shape)}")
     if hidden.device != rows.device:

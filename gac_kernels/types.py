@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .tensors import FLOATS, INTS, check_mask, check_offsets, check_shape, looks_free, plain_tensor
+from .tensors import shape_text as shape_text
+
 if TYPE_CHECKING:
     from .objectives import HybridObjective
     from .signals import Signals
@@ -20,39 +23,13 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 METRICS = ("ratio_mean", "ratio_max", "approx_kl", "effective_update_ratio", "clip_fraction", "cancellation_residual")
 SCALARS = ("policy_loss", "supervised_loss", "kl", "entropy", *METRICS)  # of HybridLoss.scalars
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTS = (torch.int32, torch.int64)
 
 
 def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} must have dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on {device} like targets, got {value.device}")
-    return value
-
-
-def _check_shape(name: str, value: Tensor, *allowed: tuple[int, ...]) -> None:
-    if tuple(value.shape) not in allowed:
-        expected = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
-        raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
-
-
-def shape_text(leading: tuple[int, ...], last: str) -> str:
-    """A shape whose last size has a name: ``(4, 6, V)``."""
-    return f"({', '.join(map(str, (*leading, last)))})"
-
-
-def check_mask(name: str, mask: Tensor) -> None:
-    """A mask in numbers holds 0 and 1: looked at where that costs no device sync."""
-    if mask.dtype is torch.bool or mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    odd = mask[(mask != 0) & (mask != 1)]
-    if odd.numel():
-        raise ValueError(f"{name} must hold 0 (left out) and 1 (counts), got {odd[0].item():g}")
+    tensor = plain_tensor(name, value, dtypes)
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like targets, got {tensor.device}")
+    return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +92,7 @@ class TokenBatch:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        _check_tensor("targets_ST", targets_ST, _INTS, None)
+        _check_tensor("targets_ST", targets_ST, INTS, None)
         if targets_ST.ndim != 2:
             raise ValueError(f"targets_ST must be two-dimensional (S, T), got shape {tuple(targets_ST.shape)}")
         return cls._build(
@@ -150,15 +127,14 @@ class TokenBatch:
             is_expert_S, advantages, groups: as in :meth:`from_padded`; advantages ``(S,)`` or ``(N,)``.
             old_logprobs, ref_logprobs, rollout_weights: ``(N,)`` float. base_logits: ``(N, V)`` float.
         """
-        _check_tensor("targets_N", targets_N, _INTS, None)
+        _check_tensor("targets_N", targets_N, INTS, None)
         if targets_N.ndim != 1:
             raise ValueError(f"targets_N must be one-dimensional (N,), got shape {tuple(targets_N.shape)}")
-        _check_tensor("cu_seqlens", cu_seqlens, _INTS, targets_N.device)
+        _check_tensor("cu_seqlens", cu_seqlens, INTS, targets_N.device)
         if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
             raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
-        cu_seqlens = cu_seqlens.long()
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_offsets(cu_seqlens, targets_N.shape[0])
+        cu_seqlens = cu_seqlens.long().contiguous()
+        check_offsets(cu_seqlens, targets_N.shape[0])
         if mask_N is None:
             mask_N = torch.ones_like(targets_N, dtype=torch.bool)
         return cls._build(
@@ -182,38 +158,40 @@ class TokenBatch:
         groups: Tensor | None,
     ) -> TokenBatch:
         device, shape, rows = targets.device, tuple(targets.shape), (num_sequences,)
-        _check_tensor(mask_name, mask, (torch.bool, torch.uint8, torch.int32, torch.int64, *_FLOATS), device)
-        _check_shape(mask_name, mask, shape)
+        _check_tensor(mask_name, mask, (torch.bool, torch.uint8, torch.int32, torch.int64, *FLOATS), device)
+        check_shape(mask_name, mask, shape)
         check_mask(mask_name, mask)
         if is_expert is not None:
             _check_tensor("is_expert_S", is_expert, (torch.bool,), device)
-            _check_shape("is_expert_S", is_expert, rows)
+            check_shape("is_expert_S", is_expert, rows)
         if advantages is not None:
-            _check_tensor("advantages", advantages, _FLOATS, device)
-            _check_shape("advantages", advantages, rows, shape)
+            _check_tensor("advantages", advantages, FLOATS, device)
+            check_shape("advantages", advantages, rows, shape)
         elif num_sequences and (is_expert is None or _has_rollouts(is_expert)):
             raise ValueError("advantages must be given: (S,) or one a token, because the batch holds rollout sequences")
         for name, value in per_token.items():
             if value is not None:
-                _check_tensor(name, value, _FLOATS, device)
-                _check_shape(name, value, shape)
+                _check_tensor(name, value, FLOATS, device)
+                check_shape(name, value, shape)
         if base_logits is not None:
-            _check_tensor("base_logits", base_logits, _FLOATS, device)
+            _check_tensor("base_logits", base_logits, FLOATS, device)
             if tuple(base_logits.shape[:-1]) != shape:
                 raise ValueError(
                     f"base_logits must have shape {shape_text(shape, 'V')}, got {tuple(base_logits.shape)}"
                 )
         if groups is not None:
-            _check_tensor("groups", groups, _INTS, device)
-            _check_shape("groups", groups, rows)
+            _check_tensor("groups", groups, INTS, device)
+            check_shape("groups", groups, rows)
         return cls(
             targets=targets,
             mask=mask.bool() & targets.ne(IGNORE_INDEX),
             cu_seqlens=cu_seqlens,
-            is_expert=torch.zeros(rows, dtype=torch.bool, device=device) if is_expert is None else is_expert,
+            is_expert=torch.zeros(rows, dtype=torch.bool, device=device)
+            if is_expert is None
+            else is_expert.contiguous(),
             advantages=None if advantages is None else advantages.detach(),
             base_logits=None if base_logits is None else base_logits.detach(),
-            groups=None if groups is None else groups.long(),
+            groups=None if groups is None else groups.long().contiguous(),
             **{name: None if value is None else value.detach() for name, value in per_token.items()},
         )
 
@@ -247,22 +225,13 @@ class TokenBatch:
 
 def _has_rollouts(is_expert: Tensor) -> bool:
     """Looked at where that costs no device sync; elsewhere nobody says so."""
-    return is_expert.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(is_expert.all())
+    return looks_free(is_expert) and not bool(is_expert.all())
 
 
 def rising_offsets(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Offsets as every backend takes them, in ``[0, tokens]`` and never falling, whatever they hold: each is clamped
     there, and raised to the largest before it. So no token is in two sequences, and what falls is an empty one."""
     return cu_seqlens.clamp(0, tokens).cummax(0).values
-
-
-def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
-    steps = cu_seqlens.diff()
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or bool((steps < 0).any()):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to N = {num_tokens} without falling, got first {int(cu_seqlens[0])}, "
-            f"last {int(cu_seqlens[-1])}, smallest step {int(steps.min()) if steps.numel() else 0}"
-        )
 
 
 @dataclass(frozen=True, eq=False)

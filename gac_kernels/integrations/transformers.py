@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from ..controller import GuidedAdaptiveController
 from ..objectives import GIFT, HybridObjective
 from ..ops import hybrid_loss_from_logits
+from ..tensors import INTS, plain_tensor
 from ..types import IGNORE_INDEX, Denominators, HybridLoss, TokenBatch
 from . import _packed_rows
 from ._calling_model import calling_forward, check_calls, owner_of
@@ -157,6 +158,18 @@ class CausalLMLoss:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         _check_names(kwargs)
+        given = {
+            "logits": logits, "labels": labels, "shift_labels": shift_labels, "advantages": advantages,
+            "is_expert": is_expert, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
+            "rollout_weights": rollout_weights, "num_items_in_batch": num_items_in_batch,
+            "policy_items": policy_items, "supervised_items": supervised_items, "cu_seq_lens_q": cu_seq_lens_q,
+            "seq_idx": seq_idx, "position_ids": position_ids,
+        }  # fmt: skip
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                plain_tensor(name, value, INTS if "labels" in name else None)
+                if value.is_meta != logits.is_meta:
+                    raise ValueError(f"{name} must be on {logits.device} like logits, got {value.device}")
         if advantages is not None and self._mu is None and self.controller is None:
             raise ValueError("mu or controller must be given to CausalLMLoss where advantages are: without, mu is 1")
         targets = labels if shift_labels is None else shift_labels

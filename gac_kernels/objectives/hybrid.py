@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
+from ..tensors import FLOATS, plain_tensor
 from .checks import choice, number
 from .function import PolicyObjective, SupervisedObjective, check_function
 from .policies import CISPO, DFPO, GRPO, GSPO, SAPO
@@ -118,11 +119,13 @@ class LogitTransform:
 
     def __post_init__(self) -> None:
         if isinstance(self.temperature, Tensor):
+            plain_tensor("temperature", self.temperature)
             if self.temperature.ndim != 1 or not self.temperature.is_floating_point():
                 raise ValueError(
                     f"temperature must be a float or a floating (S,) tensor, got shape {tuple(self.temperature.shape)} "
                     f"of {self.temperature.dtype}"
                 )
+            plain_tensor("temperature", self.temperature, FLOATS)
         else:
             number("temperature", self.temperature, 0.0, open_low=True)
         if self.softcap is not None:

@@ -11,10 +11,9 @@ from .. import products
 from ..distributed import check_group
 from ..objectives import GIFT
 from ..shards import VocabularyShard
+from ..tensors import FLOATS, INTS, plain_tensor
 from ..types import TokenBatch
-from .rows import as_rows, misfit
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .rows import as_rows, in_arithmetic_of, misfit
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,11 @@ def check_head(
     group: torch.distributed.ProcessGroup | None,
 ) -> Head:  # fmt: skip
     """All that can be wrong with a head; and the dtype that autocast gives a linear layer."""
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("targets", targets)):
-        if value is None and name == "bias":
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"targets must be an int32 or int64 tensor, got {targets.dtype}")
-    weight = _whole("weight", weight)
-    if hidden.dtype not in _FLOATS:
-        raise TypeError(f"hidden must have dtype float16, bfloat16, float32 or float64, got {hidden.dtype}")
+    plain_tensor("hidden", hidden, FLOATS)
+    plain_tensor("weight", weight, FLOATS)
+    if bias is not None:
+        plain_tensor("bias", bias, FLOATS)
+    plain_tensor("targets", targets, INTS)
     if hidden.ndim < 1 or hidden.shape[:-1] != targets.shape:
         raise misfit("hidden", hidden, targets, "H")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -85,15 +79,6 @@ def check_head(
     return Head(hidden, weight, bias, columns, shard)
 
 
-def _whole(name: str, weight: Tensor) -> Tensor:
-    if hasattr(weight, "full_tensor"):
-        raise TypeError(
-            f"{name} must be a whole torch.Tensor, got a sharded DTensor: under FSDP2 call this "
-            "inside the forward of the module that owns the head, which gathers it"
-        )
-    return weight
-
-
 def base_of(
     gift: GIFT | None, batch: TokenBatch, head: Head, hidden: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, vocab_size: int | None,
@@ -120,7 +105,10 @@ def base_of(
         if batch.base_logits.shape[-1] != head.columns:
             expected = (*batch.targets.shape, head.columns)
             raise ValueError(f"batch.base_logits must have shape {expected}, got {tuple(batch.base_logits.shape)}")
-        return as_rows(batch.base_logits), None, None, None
+        return as_rows(in_arithmetic_of(batch.base_logits, head.hidden.dtype)), None, None, None
+    for name, value in (("base_hidden", hidden), ("base_weight", weight), ("base_bias", bias)):
+        if value is not None and plain_tensor(name, value, FLOATS).device != batch.targets.device:
+            raise ValueError(f"{name} must be on {batch.targets.device} like batch.targets, got {value.device}")
     hidden, weight = hidden.detach(), weight.detach()
     bias = None if bias is None else bias.detach()
     try:

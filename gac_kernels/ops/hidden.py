@@ -282,9 +282,9 @@ def token_logprobs_from_hidden(
     check_targets("targets", targets, live, head.columns)
     dtype = torch.promote_types(head.hidden.dtype, torch.float32)
     results = _HiddenLogprobs.apply(
-        as_rows(head.hidden), head.weight, head.bias, targets.reshape(-1), live.reshape(-1).to(torch.uint8),
-        row_temperature(transform, targets, dtype), chunk_of(chunk_tokens, targets.numel(), head),
-        encode_rows(transform, None), head.shard,
+        as_rows(head.hidden), head.weight, head.bias, targets.reshape(-1).contiguous(),
+        live.reshape(-1).to(torch.uint8), row_temperature(transform, targets, dtype),
+        chunk_of(chunk_tokens, targets.numel(), head), encode_rows(transform, None), head.shard,
     )  # fmt: skip
     named = dict(zip(OUTPUTS, (value.view(targets.shape) for value in results), strict=True))
     return TokenLogprobs(**{name: named[name] if name in outputs else None for name in OUTPUTS})

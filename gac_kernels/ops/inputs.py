@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import DFPO, GSPO, SAPO, Gate, HybridObjective
+from ..tensors import FLOATS, NUMBERS, plain_tensor
 from ..types import Denominators, TokenBatch
 
 
@@ -20,6 +21,7 @@ def check_tokens(name: str, value: Tensor | None, batch: TokenBatch) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a floating point tensor, got {kind}")
+    plain_tensor(name, value, FLOATS)
     if value.shape != batch.targets.shape:
         raise ValueError(f"{name} must have the targets' shape {tuple(batch.targets.shape)}, got {tuple(value.shape)}")
     if value.device != batch.targets.device:
@@ -29,10 +31,12 @@ def check_tokens(name: str, value: Tensor | None, batch: TokenBatch) -> None:
 def scalar(name: str, value: float | Tensor, like: Tensor, high: float = math.inf) -> Tensor:
     """A 0-d detached tensor on the device. A tensor's value is not read; a number is checked."""
     if isinstance(value, Tensor):
+        plain_tensor(name, value)
         if value.ndim == 0 and value.dtype is like.dtype and value.device == like.device and not value.requires_grad:
             return value  # as it is, which is the rule
         if value.is_complex():
             raise TypeError(f"{name} must be real, got {value.dtype}")
+        plain_tensor(name, value, NUMBERS)
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         if value.device != like.device:
@@ -105,8 +109,8 @@ def batch_args(batch: TokenBatch, dtype: torch.dtype) -> tuple[Any, ...]:
     ``old_logprobs, ref_logprobs, rollout_weights``."""
     per_token = batch.advantages is not None and batch.advantages.shape != batch.is_expert.shape
     return (
-        batch.mask if batch.mask.is_contiguous() else batch.mask.contiguous(),
-        batch.cu_seqlens, batch.max_length or 0, batch.is_expert,
+        plain(batch.mask, torch.bool), plain_or_none(batch.cu_seqlens, torch.int64), batch.max_length or 0,
+        plain(batch.is_expert, torch.bool),
         plain_or_none(batch.advantages, dtype), per_token, plain_or_none(batch.old_logprobs, dtype),
         plain_or_none(batch.ref_logprobs, dtype), plain_or_none(batch.rollout_weights, dtype),
     )  # fmt: skip

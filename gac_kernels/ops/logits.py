@@ -17,7 +17,15 @@ from ..types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
 from . import inputs
 from .once import first_order_only, scaled
 from .plan import LossPlan
-from .rows import as_rows, check_logits, check_targets, check_writable, live_places, row_temperature
+from .rows import (
+    as_rows,
+    check_logits,
+    check_targets,
+    check_writable,
+    in_arithmetic_of,
+    live_places,
+    row_temperature,
+)
 from .token import assemble
 
 OUTPUTS = ("logprobs", "entropy", "sum_sq")
@@ -142,7 +150,7 @@ def hybrid_loss_from_logits(
                 f"batch.base_logits must have the logits' shape {tuple(logits.shape)}, "
                 f"got {tuple(batch.base_logits.shape)}"
             )
-        base_logits = as_rows(batch.base_logits)
+        base_logits = as_rows(in_arithmetic_of(batch.base_logits, logits.dtype))
     check_targets("batch.targets", batch.targets, batch.mask, logits.shape[-1])
     inplace = inplace and not torch.compiler.is_compiling()
     rows = as_rows(logits)
@@ -262,8 +270,8 @@ def token_logprobs(
     if inplace:
         check_writable(logits, rows)
     results = _TokenLogprobs.apply(
-        rows, targets.reshape(-1), live.reshape(-1).to(torch.uint8), row_temperature(transform, targets, dtype),
-        inplace, encode_rows(transform, None),
+        rows, targets.reshape(-1).contiguous(), live.reshape(-1).to(torch.uint8),
+        row_temperature(transform, targets, dtype), inplace, encode_rows(transform, None),
     )  # fmt: skip
     named = dict(zip(OUTPUTS, (value.view(targets.shape) for value in results), strict=True))
     return TokenLogprobs(**{name: named[name] if name in outputs else None for name in OUTPUTS})

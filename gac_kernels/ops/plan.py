@@ -43,11 +43,11 @@ class LossPlan(NamedTuple):
         mu = inputs.mixing(mu, like.new_empty((), dtype=dtype))
         norm_length = inputs.norm_length_of(objective, batch)
         return cls(
-            targets=batch.targets.reshape(-1),
+            targets=batch.targets.reshape(-1).contiguous(),
             temperature=row_temperature(transform, batch, dtype),
             static=encode_rows(transform, gift),
             batch=inputs.batch_args(batch, dtype),
-            groups=batch.groups,
+            groups=inputs.plain_or_none(batch.groups, torch.int64),
             mu=mu,
             counts=inputs.counts_of(denominators, mu),
             term=encode_term(objective) if custom is None else (),

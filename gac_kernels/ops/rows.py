@@ -6,19 +6,13 @@ import torch
 from torch import Tensor
 
 from ..objectives import LogitTransform
-from ..types import IGNORE_INDEX, TokenBatch, check_mask, rising_offsets, shape_text
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from ..tensors import FLOATS, INTS, NUMBERS, check_mask, looks_free, plain_tensor, shape_text
+from ..types import IGNORE_INDEX, TokenBatch, rising_offsets
 
 
 def check_logits(name: str, logits: Tensor, targets: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(logits).__name__}")
-    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int32, torch.int64):
-        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-        raise TypeError(f"targets must be an int32 or int64 tensor, got {kind}")
-    if logits.dtype not in _FLOATS:
-        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {logits.dtype}")
+    plain_tensor(name, logits, FLOATS)
+    plain_tensor("targets", targets, INTS)
     if logits.ndim < 1 or logits.shape[:-1] != targets.shape:
         raise misfit(name, logits, targets, "V")
     if logits.shape[-1] == 0:
@@ -52,9 +46,7 @@ def live_places(targets: Tensor, mask: Tensor | None) -> Tensor:
     live = targets.ne(IGNORE_INDEX)
     if mask is None:
         return live
-    if not isinstance(mask, Tensor) or mask.is_complex():
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool or 0-1 tensor, got {kind}")
+    plain_tensor("mask", mask, (torch.bool, *NUMBERS))
     if mask.shape != targets.shape:
         raise ValueError(f"mask must have the targets' shape {tuple(targets.shape)}, got {tuple(mask.shape)}")
     if mask.device != targets.device:
@@ -70,6 +62,13 @@ def as_rows(logits: Tensor) -> Tensor:
     if logits.ndim > 3:
         return logits.flatten(0, -3)
     return logits[(None,) * (3 - logits.ndim)]
+
+
+def in_arithmetic_of(base: Tensor, dtype: torch.dtype) -> Tensor:
+    """GIFT's base logits beside logits of ``dtype``: 16 bits and float32 may differ and are read as they are, for sums
+    are float32; with float64 on one side the base is taken to what the logits' sums are made in."""
+    acc = torch.promote_types(dtype, torch.float32)
+    return base if torch.promote_types(base.dtype, torch.float32) is acc else base.to(acc)
 
 
 def check_writable(logits: Tensor, rows: Tensor) -> None:
@@ -102,7 +101,7 @@ def row_temperature(transform: LogitTransform, where: TokenBatch | Tensor, dtype
         return None
     batch = where if isinstance(where, TokenBatch) else None
     targets = where.targets if isinstance(where, TokenBatch) else where
-    temperature_S = transform.temperature.detach().to(dtype)
+    temperature_S = plain_tensor("transform.temperature", transform.temperature, FLOATS).detach().to(dtype)
     count = batch.num_sequences if batch is not None else targets.shape[0] if targets.ndim else 1
     if temperature_S.shape != (count,):
         raise ValueError(
@@ -110,8 +109,7 @@ def row_temperature(transform: LogitTransform, where: TokenBatch | Tensor, dtype
         )
     if temperature_S.device != targets.device:
         raise ValueError(f"transform.temperature must be on {targets.device}, got {temperature_S.device}")
-    look = temperature_S.device.type == "cpu" and not torch.compiler.is_compiling()  # where it costs no sync
-    if look and not bool(((temperature_S > 0) & temperature_S.isfinite()).all()):
+    if looks_free(temperature_S) and not bool(((temperature_S > 0) & temperature_S.isfinite()).all()):
         raise ValueError(f"transform.temperature must be finite and > 0, got {temperature_S.tolist()}")
     if batch is None or batch.cu_seqlens is None:
         return temperature_S.view(-1, *(1,) * (targets.ndim - 1)).expand(targets.shape).reshape(-1).contiguous()

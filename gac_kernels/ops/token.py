@@ -12,6 +12,7 @@ from .. import eager, library
 from ..objectives import CISPO, DFPO, GIFT, SAPO, HybridObjective
 from ..schemas import encode
 from ..signals import Signals
+from ..tensors import FLOATS, plain_tensor
 from ..types import Denominators, HybridLoss, TokenBatch
 from . import inputs
 from .once import scaled
@@ -94,7 +95,8 @@ def hybrid_loss(
     else:
         wide_sum_sq = None if sum_sq is None else inputs.plain(sum_sq.detach(), dtype)
         args = (
-            *inputs.batch_args(batch, dtype), wide_sum_sq, None, batch.groups, mu, *counts,
+            *inputs.batch_args(batch, dtype), wide_sum_sq, None,
+            inputs.plain_or_none(batch.groups, torch.int64), mu, *counts,
             *encode(objective, norm_length),
         )  # fmt: skip
     loss, scalars, rows, logprobs_out = _TokenLoss.apply(wide, wide_entropy, args)
@@ -153,8 +155,7 @@ def signals_from_logprobs(
         sum_sq: sum of p squared a token, needed by the ``logit`` estimator.
     """
     inputs.check_batch(batch)
-    if not isinstance(logprobs, Tensor):
-        raise TypeError(f"logprobs must be a floating point tensor, got {type(logprobs).__name__}")
+    plain_tensor("logprobs", logprobs, FLOATS)
     if objective is None:
         objective, batch = _PAPER, replace(batch, old_logprobs=None, ref_logprobs=None, rollout_weights=None)
     elif isinstance(objective, HybridObjective) and objective.entropy_coef:
