@@ -59,7 +59,7 @@ class Rollouts:
         """From the arguments, with their names; ``everywhere``: masked places are scored too.
 
         Raises:
-            ValueError: for an argument of another shape.
+            ValueError: for an argument of another shape, or for what the sampler could not score.
         """
         B, T = shape
         for name, value in (mask, old, ref):
@@ -75,9 +75,23 @@ class Rollouts:
             weights = weights.detach().reshape(B, -1)
         live = mask[1].bool()
         scored = torch.ones_like(live) if everywhere else live
+        _check_finite(*old, scored)
+        if weights is not None:
+            places = scored if weights.shape[1] == T else scored.any(1, keepdim=True)
+            _check_finite("vllm_is_ratio", weights, places)
+            weights = torch.where(places | weights.isfinite(), weights, 1.0)  # vespo reads masked places
         return cls(
             live, scored, advantages.detach()[:, None], _selected(old[1], scored), _selected(ref[1], scored), weights
         )
+
+
+def _check_finite(name: str, value: Tensor | None, where: Tensor) -> None:
+    """Looked at where that costs no device sync."""
+    if value is None or value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    odd = value[where & ~value.isfinite()]
+    if odd.numel():
+        raise ValueError(f"{name} must be finite at every token that counts, got {odd[0].item()}")
 
 
 def _selected(value: Tensor | None, where: Tensor) -> Tensor | None:

@@ -102,10 +102,10 @@ def micro_batch(
         compute_aux_loss=trainer.aux_loss_enabled,
     )
     mask, weights = _policy_weights(trainer, inputs, logprobs.detach(), entropy.detach())
-    of_rollouts = {
-        "old_logprobs": inputs.get("old_per_token_logps"),
-        "ref_logprobs": inputs.get("ref_per_token_logps"),
-        "rollout_weights": weights,
+    of_rollouts = {  # and what demonstrations get: a weight of one, and log-probs that are not read
+        "old_logprobs": (inputs.get("old_per_token_logps"), 0.0),
+        "ref_logprobs": (inputs.get("ref_per_token_logps"), 0.0),
+        "rollout_weights": (weights, 1.0),
     }
     experts = len(rows["targets"]) - len(mask)
     batch = TokenBatch.from_padded(
@@ -113,7 +113,7 @@ def micro_batch(
         rows["loss_mask"],
         is_expert_S=rows["is_expert"],
         advantages=rows["advantages"],
-        **{name: _with_demonstrations(value, rows["targets"], experts) for name, value in of_rollouts.items()},
+        **{name: _with_demonstrations(value, rows["targets"], experts, x) for name, (value, x) in of_rollouts.items()},
     )
     result = hybrid_loss(
         logprobs, batch, objective, mu, entropy=entropy, denominators=_denominators(trainer, inputs, objective, batch)
@@ -192,14 +192,14 @@ def _widened(rows: Tensor, length: int) -> Tensor:
     return pad(rows, (0, length - rows.shape[1]))
 
 
-def _with_demonstrations(rollouts: Tensor | None, targets: Tensor, experts: int) -> Tensor | None:
-    """A tensor of the rollouts' tokens, shaped as all targets. What demonstrations get is not read."""
+def _with_demonstrations(rollouts: Tensor | None, targets: Tensor, experts: int, fill: float) -> Tensor | None:
+    """A tensor of the rollouts' tokens, shaped as all targets; demonstrations get ``fill``."""
     if rollouts is None:
         return None
     if rollouts.shape[1] == 1:  # one weight a sequence
         rollouts = rollouts.expand(-1, targets.shape[1])
     rollouts = _widened(rollouts, targets.shape[1])
-    return torch.cat([rollouts, rollouts.new_zeros(experts, targets.shape[1])])
+    return torch.cat([rollouts, rollouts.new_full((experts, targets.shape[1]), fill)])
 
 
 def _denominators(

@@ -141,14 +141,18 @@ def _micro_batch(model_output: Any, data: Any, config: Any) -> tuple[TokenBatch,
     rows = data.select(*fields).to_padded_tensor()
     mask = rows["response_mask"].bool()
     inputs["old"] = rows["old_log_probs"]
+    experts = _experts(data, config.policy_loss.expert_key, len(mask))
+    weights = rows.get("rollout_is_weights", None)
+    if weights is not None:  # of the sampler; no sampler wrote a demonstration
+        weights = weights.masked_fill(experts[:, None], 1.0)
     batch = TokenBatch.from_padded(
         mask.long(),  # a loss of log-probs reads no ids
         mask,
-        is_expert_S=_experts(data, config.policy_loss.expert_key, len(mask)),
+        is_expert_S=experts,
         advantages=rows["advantages"],
         old_logprobs=rows["old_log_probs"],
         ref_logprobs=rows.get("ref_log_prob", None),
-        rollout_weights=rows.get("rollout_is_weights", None),
+        rollout_weights=weights,
     )
     return batch, inputs
 

@@ -326,6 +326,25 @@ def test_what_liger_refuses_is_refused_where_and_as_liger_does(options, stage):
     assert (None if ours is None else ours[0]) == stage
 
 
+@pytest.mark.parametrize("kind", ["dapo", "sapo", "cispo", "luspo", "vespo"])
+@pytest.mark.parametrize("name", ["old_per_token_logps", "vllm_is_ratio"])
+def test_what_a_sampler_could_not_score_is_named(kind, name):
+    """At a token that counts; at a masked place it changes nothing, but with luspo, which reads those as well."""
+    made = data(SIMPLE, torch.float32)
+    live = made["mask"].bool()
+    loss = LigerFusedLinearGRPOLoss(loss_type=kind, use_ref_model=False)
+    given = {"old_per_token_logps": -3 - torch.rand(B, T), "vllm_is_ratio": 1 + torch.rand(B, T)}
+    if kind != "luspo":  # vespo counts masked weights, as Liger does: 1 is no weight
+        given["vllm_is_ratio"][~live] = 1.0
+        spoiled = {**given, name: given[name].masked_fill(~live, float("nan"))}
+        values = [loss(**arguments(made, SIMPLE, ref_per_token_logps=None, **one))[0] for one in (given, spoiled)]
+        assert torch.equal(*values)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        spoiled = {**given, name: given[name].masked_fill(live & live.roll(1, 0), value)}
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            loss(**arguments(made, SIMPLE, ref_per_token_logps=None, **spoiled))
+
+
 def test_attributes_set_later_are_checked_in_the_call():
     made = data(SIMPLE, torch.float32)
     loss = LigerFusedLinearGRPOLoss(loss_type="sapo")
