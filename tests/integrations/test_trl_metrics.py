@@ -103,6 +103,18 @@ def test_the_samplers_correction_is_stock_trls(tmp_path, kind, level):
     assert_logs_are_stocks(rows_of(made), stock)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_samplers_correction_is_not_the_demonstrations(tmp_path, level):
+    """No sampler wrote them: their weight is one."""
+    settings = {"loss_type": "dapo", "learning_rate": 0.0, "max_steps": 2}
+    losses = []
+    for name, wrap in (("plain", lambda made: made), ("corrected", lambda made: with_sampler(made, level))):
+        made = wrap(trainer(tmp_path / name, **settings))
+        attach(made, mu=0.5, demonstrations="demonstration")
+        losses.append([row["gac/supervised_loss"] for row in rows_of(made)])
+    assert losses[0] == losses[1] and min(losses[0]) > 0
+
+
 def experts(vocabulary, tokenizer):
     torch.manual_seed(0)
     return Qwen3MoeForCausalLM(

@@ -363,3 +363,18 @@ def test_the_registered_losses_run_in_the_engine(on_cpu):  # noqa: F811
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
     assert_same(gradients(made), gradients(stock))
     assert through_ppo_loss(actor("gac_grpo"))[0] is not None
+
+
+def test_the_samplers_weights_are_not_the_demonstrations():
+    """verl makes them of every row's log-probs; nan there, where no sampler was, changes nothing either."""
+    config = actor("gac_sapo", mu=0.5, loss_agg_mode="token-mean")
+    seen = []
+    for spoil in (1.0, 0.0, float("nan")):
+        logp, _, data = micro_batch(rollout=True, expert=(0, 4))
+        data["rollout_is_weights"][[0, 4]] = spoil
+        loss, metrics = integration.hybrid_loss({"log_probs": logp}, data, config=config)
+        loss.backward()
+        seen.append((loss.detach(), logp.grad, values(metrics)["gac/supervised_loss"]))
+    assert seen[0][2] > 0.0
+    for loss, gradient, supervised in seen[1:]:
+        assert torch.equal(loss, seen[0][0]) and torch.equal(gradient, seen[0][1]) and supervised == seen[0][2]
