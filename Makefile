@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Plain `torch` brings several GB of CUDA packages. Override to keep or pick a build: make TORCH=torch demo
 TORCH ?= torch==2.13.0
+# Everything else comes by sha256: pip install --require-hashes --no-deps -r requirements/dev.lock (see requirements/install).
+# Where the lock does not fit the platform, or to try newer packages: make LOCK= test
+LOCK ?= requirements/dev.lock
 # What the demo times: losses of these, and of so many hidden states x vocabulary.
 KERNELS ?= token logits
 HEAD ?= 4096x8000
@@ -14,7 +17,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install -q --no-compile
 STAMP := $(VENV)/.installed
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+SOURCES := setup.py pyproject.toml $(LOCK) $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
 .PHONY: demo test lint bench docs study release clean
 
@@ -23,8 +26,13 @@ $(BIN)/python:
 
 $(STAMP): $(BIN)/python $(SOURCES)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)"
-	$(INSTALL) "setuptools>=77" wheel
+ifneq ($(LOCK),)
+	requirements/install $(BIN)/python $(LOCK)
+	$(INSTALL) --no-build-isolation --no-deps -e .
+else
+	$(INSTALL) "setuptools>=78.1.1" wheel
 	$(INSTALL) --no-build-isolation -e ".[dev]"
+endif
 	@touch $@
 
 demo: $(STAMP)

@@ -65,6 +65,55 @@ def test_the_development_lock_has_all_that_the_extra_asks_for():
     assert {"cyclonedx-bom", "pip-audit"} <= locked(ROOT / "requirements" / "release.lock").keys()
 
 
+def installed(tmp_path: Path, lock: Path, *, triton: bool, fails: bool = False) -> tuple[int, str, str, str]:
+    """Exit status of requirements/install, what it asked pip for, from which text, and what it said."""
+    python = tmp_path / "python"  # stands for a Python: answers about triton, keeps what pip was given
+    python.write_text(
+        f"#!/usr/bin/env bash\nif [ $1 = -c ]; then exit {int(not triton)}; fi\n"
+        f'echo "$@" > {tmp_path}/asked; cp "${{@: -1}}" {tmp_path}/given; exit {int(fails)}\n'
+    )
+    python.chmod(0o755)
+    command = [str(ROOT / "requirements" / "install"), str(python), str(lock)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.returncode, (tmp_path / "asked").read_text(), (tmp_path / "given").read_text(), run.stderr
+
+
+def test_the_environment_is_installed_from_the_lock_by_hash(tmp_path):
+    """All of it; but the triton that a torch brought stays, for that torch needs its very version."""
+    lock = ROOT / "requirements" / "dev.lock"
+    status, asked, given, _ = installed(tmp_path, lock, triton=False)
+    assert status == 0 and given == lock.read_text()
+    assert asked.startswith("-m pip install") and " --require-hashes " in asked and " --no-deps " in asked
+    status, _, given, _ = installed(tmp_path, lock, triton=True)
+    (tmp_path / "given.lock").write_text(given)
+    all_of_it = locked(lock)
+    assert status == 0 and all_of_it.pop("triton") and locked(tmp_path / "given.lock") == all_of_it
+    status, _, _, said = installed(tmp_path, lock, triton=True, fails=True)
+    assert status == 1 and "make LOCK=" in said
+
+
+def test_make_installs_from_the_lock_unless_told_otherwise(tmp_path):
+    """Nothing is installed: make says what it would do."""
+
+    def plan(*arguments: str) -> str:
+        command = ["make", "-n", f"VENV={tmp_path}", *arguments, "test"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    usual, other = plan(), plan("LOCK=")
+    assert f"requirements/install {tmp_path}/bin/python requirements/dev.lock" in usual
+    assert re.search(r"install .*--no-deps -e \.$", usual, re.MULTILINE) and ".[dev]" not in usual
+    assert "requirements/install" not in other and '-e ".[dev]"' in other
+
+
+def test_setuptools_is_one_without_known_holes():
+    """CVE-2025-47273 (a path that leaves the directory) is mended in 78.1.1."""
+    for name in ("pyproject.toml", "Makefile"):
+        bounds = re.findall(r"setuptools>=([\d.]+)", (ROOT / name).read_text())
+        assert bounds and all(tuple(map(int, bound.split("."))) >= (78, 1, 1) for bound in bounds), name
+    for version in locked(ROOT / "requirements" / "dev.lock")["setuptools"]:
+        assert tuple(map(int, version.split("."))) >= (78, 1, 1)
+
+
 def test_the_lock_reader_notices(tmp_path):
     path = tmp_path / "bad.lock"
     for entry in ("six\n", "six==1.0\n", "-r other.txt\n", "six==1.0 \\\n    --hash=sha256:12\n",
