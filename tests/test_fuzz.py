@@ -46,7 +46,7 @@ LINES = st.one_of(
     st.builds(lambda value, cut: json.dumps(value).encode()[:cut], OBJECTS, st.integers(1, 30)),  # torn
     st.binary(max_size=12),
 )
-GOOD = b'{"prompt": "p", "answer": "a", "demonstration": "d"}\n'
+GOOD = b'{"prompt": "p", "answer": "a", "demonstration": "d"}\n{"prompt": "q", "answer": "a"}\n'
 
 
 @FUZZ
@@ -58,7 +58,7 @@ GOOD = b'{"prompt": "p", "answer": "a", "demonstration": "d"}\n'
 @example([b"\x00"])
 def test_any_jsonl_is_read_or_refused_by_file_and_line(tmp_path, lines):
     path = tmp_path / "user.jsonl"
-    path.write_bytes(GOOD + GOOD + b"\n".join(lines))
+    path.write_bytes(GOOD + b"\n".join(lines))
     task, error = attempt(JsonlTask, path, eval_size=1)
     if error is not None:
         assert type(error) is ValueError and str(error).startswith(f"{path}, line "), error

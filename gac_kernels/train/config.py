@@ -69,7 +69,7 @@ class TrainConfig:
         max_new_tokens: length limit of a completion; every demonstration must fit in it.
         temperature: of the rollouts and of their log-probs. Demonstrations are scored at 1.
         reference: keep a frozen copy of the model the run proper starts from; the KL is measured against it.
-        eval_size, eval_every: held-out problems (None: 256, of a file at most a fifth of its lines) and the steps
+        eval_size, eval_every: held-out problems (None: 256, of a file at most a fifth) and the steps
             between evaluations (0: only before and after).
         eval_batch: problems decoded at once.
         checkpoint_every, checkpoint_keep: steps between checkpoints (0: only the last) and how many are kept.

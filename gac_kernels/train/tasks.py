@@ -6,34 +6,18 @@ resumed run continues from one integer, and ranks can take disjoint positions wi
 
 from __future__ import annotations
 
-import json
 import random
-import re
-import unicodedata
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from .answers import check_reward, ends_with_answer
 from .config import TrainConfig
+from .problems import Example, read_problems
 
 EVAL_SIZE = 256  # held-out problems, unless told otherwise
-
-
-@dataclass(frozen=True)
-class Example:
-    """One problem: what the model reads, the answer that earns the reward, and how a teacher would write it.
-
-    Attributes:
-        where: the file and line that it came from, for messages.
-    """
-
-    prompt: str
-    answer: str
-    demonstration: str | None = None
-    where: str = field(default="", compare=False)
 
 
 class Task(Protocol):
@@ -148,51 +132,36 @@ class ArithmeticTask:
         return [Example(f"{a}+{b}=", str(a + b), self.work(a, b)) for a, b in pairs]
 
 
-_FIELDS = {"prompt": True, "answer": True, "demonstration": False}  # name -> required
-# What may stand directly before the answer at the end of a completion. A digit, letter, sign or point may not: the
-# answer 5 is not found at the end of 15, x5, -5 or 1.5.
-_BEFORE_ANSWER = re.compile(r"[\s=:#(\[{$\"'*>]")
-_TRAILING = " .!*\"')]}$"
-
-
-def normalise(text: str) -> str:
-    """NFKC, lower case, runs of white space as one space, no white space or closing punctuation at the end."""
-    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip().rstrip(_TRAILING)
-
-
-def ends_with_answer(completion: str, answer: str) -> bool:
-    """Whether the normalised completion ends with the normalised answer as a whole (not as part of a longer one)."""
-    text, wanted = normalise(completion), normalise(answer)
-    if not wanted or not text.endswith(wanted):
-        return False
-    before = text[: len(text) - len(wanted)]
-    return not before or bool(_BEFORE_ANSWER.match(before[-1]))
-
-
 class JsonlTask:
     """A user's own problems: one JSON object a line with ``prompt``, ``answer`` and, optionally, ``demonstration``.
 
-    ``eval_size`` lines (None: 256, at most a fifth), chosen by the seed, are held out. The reward is 1 if the
-    completion ends with the answer after normalisation (:func:`ends_with_answer`). Blank lines are skipped; anything
-    else that does not fit raises ValueError naming file, line and field.
+    ``eval_size`` problems (None: 256, at most a fifth), chosen by the seed, are held out: several lines with one prompt
+    are one problem (white space aside), evaluated by its first line, and all of them stay on one side. The reward is 1
+    for a completion whose final answer is right (see ``answers``). What does not fit raises ValueError naming file,
+    line and field (see ``problems``).
     """
 
     def __init__(
         self, path: str | Path, *, demonstrations: int | None = None, eval_size: int | None = None, seed: int = 0
     ) -> None:
         self.path, self.seed = Path(path), seed
-        examples = self._read()
+        problems: dict[str, list[Example]] = {}
+        for example in read_problems(self.path):
+            problems.setdefault(example.problem, []).append(example)
+        groups = list(problems.values())
         if eval_size is None:
-            eval_size = max(1, min(EVAL_SIZE, len(examples) // 5))
-        if not 0 < eval_size < len(examples):
+            eval_size = max(1, min(EVAL_SIZE, len(groups) // 5))
+        if not 0 < eval_size < len(groups):
             raise ValueError(
-                f"eval_size must leave a line to train on: expected 1 to {len(examples) - 1} for the "
-                f"{len(examples)} problems of {self.path}, got {eval_size}"
+                f"eval_size must leave a problem to train on: expected 1 to {len(groups) - 1} for the "
+                f"{len(groups)} problems of {self.path}, got {eval_size}"
             )
-        random.Random(f"split/{seed}").shuffle(examples)
-        self._evaluation, self._training = examples[:eval_size], examples[eval_size:]
+        random.Random(f"split/{seed}").shuffle(groups)
+        self._evaluation = [lines[0] for lines in groups[:eval_size]]
+        self._training = [line for lines in groups[eval_size:] for line in lines]
         self._demonstrations = [e for e in self._training if e.demonstration is not None][:demonstrations]
         self.demonstrations = len(self._demonstrations)
+        check_reward(example.answer for example in self.problems())
 
     def prompt(self, position: int) -> Example:
         return self._training[_epoch_order(self.seed, "prompt", position, len(self._training))]
@@ -214,43 +183,6 @@ class JsonlTask:
     def texts(self) -> Iterable[str]:
         for example in self.problems():
             yield from (example.prompt, example.answer, example.demonstration or "")
-
-    def _read(self) -> list[Example]:
-        examples = []
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    examples.append(_parse(line, f"{self.path}, line {number}"))
-        if not examples:
-            raise ValueError(f"{self.path}: holds no problem; expected one JSON object a line")
-        return examples
-
-
-def _parse(line: bytes, where: str) -> Example:
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not valid UTF-8 ({error})") from error
-    except (ValueError, RecursionError) as error:  # beside JSON's own: integers too long, brackets too deep
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    for name in record:
-        if name not in _FIELDS:
-            raise ValueError(f"{where}: unknown field {name!r}; expected {', '.join(_FIELDS)}")
-    for name, required in _FIELDS.items():
-        value = record.get(name)
-        if value is None and not required:
-            continue
-        if name not in record:
-            raise ValueError(f"{where}: field {name!r} is missing")
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: field {name!r} must be a string, got {type(value).__name__}")
-        if not value.strip():
-            raise ValueError(f"{where}: field {name!r} must not be empty")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{where}: field {name!r} must be text, got half a surrogate pair")
-    return Example(record["prompt"], record["answer"], record.get("demonstration"), where)
 
 
 def build_task(config: TrainConfig) -> Task:

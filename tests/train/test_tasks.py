@@ -8,7 +8,7 @@ import re
 import pytest
 
 from gac_kernels.train.config import TrainConfig
-from gac_kernels.train.tasks import ArithmeticTask, Example, JsonlTask, build_task, ends_with_answer
+from gac_kernels.train.tasks import ArithmeticTask, Example, JsonlTask, build_task
 
 
 @pytest.mark.parametrize("digits", [2, 3, 5])
@@ -94,30 +94,9 @@ def test_jsonl_holds_lines_out_and_keeps_to_the_pool(lines):
 def test_a_fifth_of_a_small_file_is_held_out(lines, tmp_path):
     assert len(JsonlTask(lines).evaluation()) == 4  # of 20
     assert len(build_task(TrainConfig(tmp_path / "o", task=str(lines))).evaluation()) == 4
-    two = _jsonl(tmp_path / "two.jsonl", [{"prompt": "p", "answer": str(i), "demonstration": "d"} for i in range(2)])
+    two = _jsonl(tmp_path / "two.jsonl", [{"prompt": f"p{i}", "answer": "a", "demonstration": "d"} for i in range(2)])
     assert len(JsonlTask(two).evaluation()) == 1
     assert len(build_task(TrainConfig(tmp_path / "o")).evaluation()) == 256
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("{", "not valid JSON"),
-        ("[1]", "expected a JSON object, got list"),
-        ('{"prompt": "a"}', "field 'answer' is missing"),
-        ('{"answer": "a"}', "field 'prompt' is missing"),
-        ('{"prompt": "a", "answer": 3}', "field 'answer' must be a string, got int"),
-        ('{"prompt": "a", "answer": null}', "field 'answer' must be a string, got NoneType"),
-        ('{"prompt": " ", "answer": "3"}', "field 'prompt' must not be empty"),
-        ('{"prompt": "a", "answer": "3", "demonstration": ["x"]}', "field 'demonstration' must be a string, got list"),
-        ('{"prompt": "a", "answer": "3", "demo": "x"}', "unknown field 'demo'"),
-    ],
-)
-def test_a_malformed_line_names_file_line_and_field(tmp_path, line, says):
-    path = tmp_path / "user.jsonl"
-    path.write_text('{"prompt": "p", "answer": "a"}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=re.escape(f"{path}, line 3: ") + ".*" + re.escape(says)):
-        JsonlTask(path)
 
 
 def test_a_file_that_cannot_serve_says_why(tmp_path, lines):
@@ -126,32 +105,31 @@ def test_a_file_that_cannot_serve_says_why(tmp_path, lines):
     for size in (0, 20):
         with pytest.raises(ValueError, match="expected 1 to 19 for the 20 problems"):
             JsonlTask(lines, eval_size=size)
-    bare = _jsonl(tmp_path / "bare.jsonl", [{"prompt": "p", "answer": str(i)} for i in range(9)])
+    bare = _jsonl(tmp_path / "bare.jsonl", [{"prompt": f"p{i}", "answer": str(i)} for i in range(9)])
     with pytest.raises(ValueError, match="no line with a demonstration"):
         build_task(TrainConfig(tmp_path / "o", task=str(bare), eval_size=2))
     rollouts_only = {"warmup_sft_steps": 0, "demonstrations_per_step": 0, "controller": "fixed", "mu": 0.0}
     assert build_task(TrainConfig(tmp_path / "o", task=str(bare), eval_size=2, **rollouts_only)).demonstrations == 0
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer", "right"),
-    [
-        ("The answer is 42.", "42", True),
-        ("x = 42", "42", True),
-        ("#### 42\n", "42", True),
-        ("\\boxed{42}", "42", True),
-        ("It is  New\nYork!", "new york", True),
-        ("４２", "42", True),  # full-width digits
-        ("142", "42", False),
-        ("-42", "42", False),
-        ("0.42", "42", False),
-        ("42 apples", "42", False),
-        ("", "42", False),
-        ("anything", "...", False),  # an answer of punctuation alone is never met
-    ],
-)
-def test_the_answer_must_close_the_completion(completion, answer, right):
-    assert ends_with_answer(completion, answer) is right
+def test_lines_of_one_problem_stay_on_one_side(tmp_path):
+    """Several solutions a problem, answers that differ, white space that differs: one problem each, 20 of them."""
+    records = [
+        {"prompt": f"{i}+1" + " =" * (way % 2) + "\n" * way, "answer": str(i + way // 2), "demonstration": f"way {way}"}
+        for way in range(4)
+        for i in range(10)
+    ]
+    path = _jsonl(tmp_path / "ways.jsonl", records)
+    for seed in range(5):
+        task = JsonlTask(path, eval_size=6, seed=seed)
+        held = {e.problem for e in task.evaluation()}
+        trained = {task.prompt(p).problem for p in range(40)} | {task.demonstration(p).problem for p in range(40)}
+        assert len(task.evaluation()) == len(held) == 6 and len(trained) == 14 and not held & trained
+        assert len(task.problems()) == 6 + 14 * 2  # every line of what is trained on
+    assert JsonlTask(path, eval_size=6, seed=1).evaluation() == JsonlTask(path, eval_size=6, seed=1).evaluation()
+    assert len(JsonlTask(path).evaluation()) == 4  # a fifth of the problems, not of the lines
+    with pytest.raises(ValueError, match="expected 1 to 19 for the 20 problems"):
+        JsonlTask(path, eval_size=20)
 
 
 @pytest.mark.parametrize(("field", "value"), [("digits", 1), ("demonstrations", -1), ("eval_size", 10**6)])
