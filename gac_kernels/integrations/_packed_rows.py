@@ -21,7 +21,7 @@ def boundaries(
     cu_seq_lens_q: Tensor | None = None,
     seq_idx: Tensor | None = None,
     position_ids: Tensor | None = None,
-    counts: tuple[int, ...] = (),
+    sizes: tuple[int, ...] = (),
 ) -> Tensor | None:
     """Offsets ``(S + 1,)`` of the sequences in the N tokens, int64; None where each row is one sequence.
 
@@ -31,12 +31,15 @@ def boundaries(
         seq_idx: ``(B, T)``, of every token the number of its sequence; -1 for padding. A host sync.
         position_ids: ``(B, T)`` or ``(1, T)``: a sequence begins where they fall, or stay at the row's lowest. A host
             sync. Padding, where they do so too, makes no sequences.
-        counts: sizes of the arguments that hold one value a sequence: for positions, which padding may disturb.
+        sizes: of the arguments that hold one value a sequence: for positions, which padding may disturb.
 
     Raises:
-        ValueError: naming the argument.
+        TypeError, ValueError: naming the argument.
     """
     B, T = labels_BT.shape
+    for name, value in (("cu_seq_lens_q", cu_seq_lens_q), ("seq_idx", seq_idx), ("position_ids", position_ids)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if cu_seq_lens_q is not None:
         return _checked_offsets(cu_seq_lens_q.to(labels_BT.device), B, T)
     if seq_idx is not None:
@@ -51,7 +54,7 @@ def boundaries(
     if not bool(restart.any()):
         return None
     offsets = _offsets(restart, B, T, labels_BT.device)
-    return offsets if _several(labels_BT, offsets) or len(offsets) - 1 in set(counts) - {B} else None
+    return offsets if _several(labels_BT, offsets) or len(offsets) - 1 in set(sizes) - {B} else None
 
 
 def _checked_offsets(offsets: Tensor, B: int, T: int) -> Tensor:

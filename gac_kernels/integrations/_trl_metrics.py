@@ -76,7 +76,7 @@ def of_micro_batch(
     # TRL tells a mean over the micro-batch, or what it adds to the sum over the step.
     whole_step = objective.aggregation == "token-mean" and trainer.loss_type != "bnpo"
     share = 1.0 if whole_step else float(trainer.current_gradient_accumulation_steps)
-    numbers = Numbers(
+    numbers = (  # as Numbers names them
         *total(entropy[:rollouts, :length].double()), *kl, low, high, clipped, clip_count,
         share * (result.policy_loss + objective.kl_coef * result.kl), zero if aux_loss is None else aux_loss, *extremes,
     )  # fmt: skip

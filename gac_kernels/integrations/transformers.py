@@ -158,18 +158,15 @@ class CausalLMLoss:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         _check_names(kwargs)
-        given = {
-            "logits": logits, "labels": labels, "shift_labels": shift_labels, "advantages": advantages,
-            "is_expert": is_expert, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
-            "rollout_weights": rollout_weights, "num_items_in_batch": num_items_in_batch,
-            "policy_items": policy_items, "supervised_items": supervised_items, "cu_seq_lens_q": cu_seq_lens_q,
-            "seq_idx": seq_idx, "position_ids": position_ids,
+        tokens = {
+            "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
+            "rollout_weights": rollout_weights,
         }  # fmt: skip
-        for name, value in given.items():
-            if isinstance(value, Tensor):
-                plain_tensor(name, value, INTS if "labels" in name else None)
-                if value.is_meta != logits.is_meta:
-                    raise ValueError(f"{name} must be on {logits.device} like logits, got {value.device}")
+        own = {"cu_seq_lens_q": cu_seq_lens_q, "seq_idx": seq_idx, "position_ids": position_ids}
+        counts = {
+            "num_items_in_batch": num_items_in_batch, "policy_items": policy_items, "supervised_items": supervised_items
+        }  # fmt: skip
+        _check_tensors(logits, labels=labels, shift_labels=shift_labels, is_expert=is_expert, **tokens, **own, **counts)
         if advantages is not None and self._mu is None and self.controller is None:
             raise ValueError("mu or controller must be given to CausalLMLoss where advantages are: without, mu is 1")
         targets = labels if shift_labels is None else shift_labels
@@ -180,16 +177,11 @@ class CausalLMLoss:
         call = calling_forward()
         targets = targets.to(logits.device)
         targets = targets.masked_fill(targets.eq(ignore_index), IGNORE_INDEX)
-        given = {"cu_seq_lens_q": cu_seq_lens_q, "seq_idx": seq_idx, "position_ids": position_ids}
-        layout = {name: call.layout.get(name) if value is None else value for name, value in given.items()}
+        layout = {name: call.layout.get(name) if value is None else value for name, value in own.items()}
         if layout["cu_seq_lens_q"] is None:
             layout["cu_seq_lens_q"] = kwargs.get("cu_seqlens")
-        counts = tuple(len(value) for value in (advantages, is_expert) if value is not None and value.ndim == 1)
-        offsets = _packed_rows.boundaries(targets, **layout, counts=counts) if targets.ndim == 2 else None
-        tokens = {
-            "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
-            "rollout_weights": rollout_weights,
-        }  # fmt: skip
+        sizes = tuple(len(value) for value in (advantages, is_expert) if value is not None and value.ndim == 1)
+        offsets = _packed_rows.boundaries(targets, **layout, sizes=sizes) if targets.ndim == 2 else None
         batch = _batch(targets, offsets, shift_labels is not None, is_expert, tokens)
         if offsets is not None:
             logits = logits[0] if logits.shape[0] == 1 else logits.flatten(0, 1)
@@ -204,11 +196,10 @@ class CausalLMLoss:
         # What is returned is its own memory: models of mixtures of experts add to it in place.
         loss = 2.0 * result.loss if tests and advantages is not None else result.loss.clone()
         self._result = replace(result, loss=loss.detach().clone())
-        if loss.requires_grad and not torch.compiler.is_compiling():
-            if not tests and self.controller is not None:
-                self.controller.observe(result.signals)
-            elif tests and mode is None and (self.controller is not None or self._mu is not None):
-                loss.register_hook(_refuse_backward)
+        if loss.requires_grad and not tests and self.controller is not None:
+            self.controller.observe(result.signals)
+        if loss.requires_grad and tests and mode is None and (self.controller is not None or self._mu is not None):
+            loss.register_hook(_refuse_backward)
         return loss
 
     def _denominators(
@@ -233,6 +224,14 @@ class CausalLMLoss:
         if isinstance(items, Tensor):
             items = items.reshape(())  # a replica of nn.DataParallel gets one of its own, with a dimension
         return Denominators(policy, items)
+
+
+def _check_tensors(logits: Tensor, **given: object) -> None:
+    for name, value in {"logits": logits, **given}.items():
+        if isinstance(value, Tensor):
+            plain_tensor(name, value, INTS if "labels" in name else None)
+            if value.is_meta != logits.is_meta:
+                raise ValueError(f"{name} must be on {logits.device} like logits, got {value.device}")
 
 
 def _batch(

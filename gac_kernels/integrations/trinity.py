@@ -238,7 +238,7 @@ def _mixing(mu: object, controller: Mapping[str, Any] | None) -> ControllerConfi
 
 @torch.no_grad()
 def _trinitys_metrics(
-    logprob: Tensor, batch: TokenBatch, policy: SAPO | GRPO | CISPO | GSPO, weight: float
+    logprob: Tensor, batch: TokenBatch, policy: object, weight: float
 ) -> dict[str, Tensor]:  # fmt: skip
     """What Trinity's PPO loss tells of the rollouts, by its names and weighted as its MIX weighs it; 0 of an objective
     that clips nothing. Means over tokens (``ppo_kl``: of the old log-prob over the new one)."""
@@ -257,11 +257,13 @@ def _trinitys_metrics(
         ratio = shared.exp().expand_as(log_ratio)
     else:
         ratio = log_ratio.exp()
-    if not isinstance(policy, SAPO):
-        low, high = (
-            (0.0, policy.clip_high) if isinstance(policy, CISPO) else (1 - policy.clip_low, 1 + policy.clip_high)
-        )
-        plain, bounded = -advantages * ratio, -advantages * ratio.clamp(low, high)
+    bounds = None
+    if isinstance(policy, (GRPO, GSPO)):
+        bounds = 1 - policy.clip_low, 1 + policy.clip_high
+    elif isinstance(policy, CISPO):
+        bounds = 0.0, policy.clip_high
+    if bounds is not None:
+        plain, bounded = -advantages * ratio, -advantages * ratio.clamp(*bounds)
         clipped = mean(bounded > plain)
         if isinstance(policy, GRPO) and policy.delta is not None:
             lower = mean((torch.maximum(plain, bounded) > -advantages * policy.delta) & (advantages < 0))

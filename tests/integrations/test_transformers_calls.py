@@ -199,3 +199,12 @@ def test_compiled_losses_follow_whether_gradients_are_on():
     trained = run(logits.requires_grad_())
     with torch.no_grad():
         torch.testing.assert_close(4 * trained, run(logits))
+
+
+def test_a_compiled_loss_is_observed_too():
+    controller = gk.GuidedAdaptiveController()
+    made = CausalLMLoss(NLL, controller=controller)
+    logits, labels = torch.randn(2, 5, V, requires_grad=True), torch.randint(V, (2, 5))
+    torch.compile(lambda x: made(x, labels), backend="eager")(logits).backward()
+    controller.step()
+    assert controller.metrics()["gac/sigma_s2"] > 0

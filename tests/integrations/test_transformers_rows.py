@@ -241,6 +241,11 @@ def test_what_does_not_fit_packed_rows_raises(rows, more, says):
         CausalLMLoss(mu=0.5)(**{**rows, "cu_seq_lens_q": ENDS, **more})
 
 
+def test_offsets_in_a_list_are_named(rows):
+    with pytest.raises(TypeError, match=r"cu_seq_lens_q must be a torch\.Tensor, got list"):
+        CausalLMLoss(mu=0.5)(**rows, cu_seq_lens_q=ENDS.tolist())
+
+
 def test_a_sequence_across_two_rows_raises():
     given = {"logits": torch.randn(2, 5, V), "labels": torch.randint(V, (2, 5)), "advantages": torch.ones(2)}
     with pytest.raises(ValueError, match="cu_seq_lens_q must have an offset wherever one of the 2 rows of 5 tokens"):
