@@ -151,7 +151,7 @@ def hybrid_loss(
                 out.entropy_slope[i, t] = -(1.0 - mu) * w * objective.entropy_coef
                 row[3] += token.adv / len(sequences[i])
             own = cs if expert[i] else cr
-            n_t = 1.0 - 2.0 * p + token.sum_sq if has_sum_sq else 0.0
+            n_t = max(1.0 - 2.0 * p + token.sum_sq, 0.0) if has_sum_sq else 0.0
             sums = (
                 -token.logp,
                 None,

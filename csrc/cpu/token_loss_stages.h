@@ -21,10 +21,10 @@ GAC_INLINE V advantage_of(const Streams<typename V::Scalar>& at, int64_t i, type
     return at.advantage ? V::load(at.advantage + i, live) : of_sequence;
 }
 
-// n = ||1_y - p||^2 = 1 - 2 p_y + sum p^2, the squared norm of the token's logit gradient; 0 where masked.
+// squared_norm of a token, 0 where masked.
 template <class V>
-GAC_INLINE V squared_norm(const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, V p) {
-    return select(live, fma(V(-2), p, V(1) + V::load(at.sum_sq + i)), V(0));
+GAC_INLINE V norm_of(const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, V p) {
+    return select(live, squared_norm(p, V::load(at.sum_sq + i)), V(0));
 }
 
 template <class T>
@@ -66,7 +66,7 @@ void evaluate_expert(const TokenLoss<typename V::Scalar>& p, int64_t s) {
             sum[Logp] = sum[Logp] + logp;
             sum[Cs] = sum[Cs] + cs;
             sum[Cs2] = fma(cs, cs, sum[Cs2]);
-            if (at.sum_sq) sum[Norm] = fma(cs * cs, squared_norm(at, i, live, p1), sum[Norm]);
+            if (at.sum_sq) sum[Norm] = fma(cs * cs, norm_of(at, i, live, p1), sum[Norm]);
         });
     const T row[kColumns] = {1, static_cast<T>(p.counts[s]), static_cast<T>(-sums[Logp]), 0, static_cast<T>(sums[Cs2]),
                              static_cast<T>(sums[Cs]), 0, static_cast<T>(sums[Cs2]), 0, 0, static_cast<T>(sums[Norm]),
@@ -143,7 +143,7 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
                 }
                 if (at.advantage) sum[Advantage] = sum[Advantage] + advantage;
                 if (at.sum_sq) {
-                    const V norm = squared_norm(at, i, live, p1);
+                    const V norm = norm_of(at, i, live, p1);
                     sum[OwnNorm] = fma(norm, cr * cr, sum[OwnNorm]);
                     sum[DiffNorm] = fma(norm, difference * difference, sum[DiffNorm]);
                 }

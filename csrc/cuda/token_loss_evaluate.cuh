@@ -27,7 +27,7 @@ GAC_DEVICE void demonstration(const TokenLossCall<T>& c, Span own, double scale,
             nll = nll - logp;
             cs1 = cs1 + cs;
             cs2 = fma(cs, cs, cs2);
-            if (at.sum_sq) norms = fma(select(live, fma(V(-2), p, V(1) + V(sum_sqs.at[k])), V(0)), cs * cs, norms);
+            if (at.sum_sq) norms = fma(select(live, squared_norm(p, V(sum_sqs.at[k])), V(0)), cs * cs, norms);
             shown.at[k] = logp.v;
             slopes.at[k] = (V(scale) * cs).v;
         }
@@ -84,7 +84,7 @@ GAC_DEVICE V rollout_token(
     if (at.entropy) part[kEntropyOf] = add_where(part[kEntropyOf], live, x.entropy);
     if (at.advantage) part[kAdvantage] = add_where(part[kAdvantage], live, x.advantage);
     if (at.sum_sq) {
-        const V norm = select(live, fma(V(-2), p, V(1) + x.sum_sq), V(0));
+        const V norm = select(live, squared_norm(p, x.sum_sq), V(0));
         part[kOwnNorm] = fma(norm, cr * cr, part[kOwnNorm]);
         part[kDiffNorm] = fma(norm, difference * difference, part[kDiffNorm]);
     }

@@ -172,6 +172,14 @@ GAC_INLINE V phi_slope(V p) {
     return times_one_less(p);
 }
 
+// n = ||1_y - p||^2 = 1 - 2 p_y + sum p^2, the squared norm of a token's logit gradient: 0 or more, also where p_y is
+// nearly all and the sum rounds below 0. What no sum of squares can be, nan or less than 0, gives nan.
+template <class V>
+GAC_INLINE V squared_norm(V p, V sum_sq) {
+    const V norm = greater(V(0), fma(V(-2), p, V(1) + sum_sq));
+    return select(sum_sq < V(0), V(__builtin_nan("")), norm);
+}
+
 // sum + c_s logp. At logp = -inf, where c_s = -phi is 0, the term is 0 and not nan.
 template <class V>
 GAC_INLINE V add_supervised_loss(V sum, V slope, V logp) {

@@ -110,3 +110,11 @@ def supervised_term(logp, PHI: tl.constexpr):
     else:
         slope = tl.full(logp.shape, -1.0, logp.dtype)
     return slope * tl.where(slope == 0, 0.0, logp), slope, p
+
+
+@triton.jit
+def squared_norm(p, sum_sq):
+    """``||1_y - p||^2 = 1 - 2 p_y + sum p^2``: never below 0, where rounding takes it, and nan for what is no sum of
+    squares."""
+    norm = 1.0 - 2.0 * p + sum_sq
+    return tl.where(sum_sq < 0.0, float("nan"), tl.where(norm < 0.0, 0.0, norm))

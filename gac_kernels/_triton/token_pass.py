@@ -11,7 +11,7 @@ from .first_look import LOOKERS, advantage_of
 from .math import exp_expm1
 from .memory import clear, read, span, write
 from .sums import accumulator, add, maximum, total8
-from .terms import kl_term, log_ratio, policy_term, supervised_term
+from .terms import kl_term, log_ratio, policy_term, squared_norm, supervised_term
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def token(
 
         # 4. Sums. All reads come before the first write, past which the compiler may move none.
         if batch.sum_sq is not None:
-            norm = 1.0 - 2.0 * p + tl.where(live, read(batch.sum_sq, start, i, length, BLOCK), 0.0)
+            norm = squared_norm(p, tl.where(live, read(batch.sum_sq, start, i, length, BLOCK), 0.0))
             own_n = add(own_n, own * own * norm)
             diff_n = add(diff_n, diff * diff * norm)
         if batch.entropy is not None:

@@ -233,6 +233,12 @@ def kl_terms(logp_N: Tensor, tokens: Tokens, objective: HybridObjective) -> tupl
     return value_N, slope_N.detach()
 
 
+def squared_norm(p: Tensor, sum_sq: Tensor) -> Tensor:
+    """``||1_y - p||^2 = 1 - 2 p_y + sum p^2``, the squared norm of a token's logit gradient: 0 or more, also where p_y
+    is nearly all and the sum rounds below 0. What no sum of squares can be, nan or less than 0, gives nan."""
+    return torch.where(sum_sq < 0, torch.nan, (1.0 - 2.0 * p + sum_sq).clamp(min=0.0))
+
+
 def supervised_slope(logp_N: Tensor, objective: HybridObjective) -> Tensor:
     """``c_s``: ``-phi`` with ``phi = p (1 - p)`` (CHORD, arXiv 2508.11408), or -1; detached."""
     p_N = logp_N.detach().exp()
