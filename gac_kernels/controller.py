@@ -2,7 +2,7 @@
 
     mu* = (alpha D + sigma_r^2) / (D + sigma_s^2 + sigma_r^2)
     e   = beta e + (1 - beta) mu*               smoothing "estimate" (ours), or
-    e   = beta mu + (1 - beta) mu*              smoothing "reference" (the published code)
+    e   = clip(beta mu + (1 - beta) mu*, mu_min, mu_max)    smoothing "reference" (the published code)
     c   = (1 - lambda) prior(step) + lambda e
     mu  = clip(mu + clip(c - mu, -cap, cap), mu_min, mu_max)
 
@@ -28,7 +28,9 @@ from torch import Tensor
 
 from . import controller_schema as schema
 from .config import ConstantPrior, ControllerConfig, CosinePrior, KLTarget
-from .distributed import check_group, gather_signals, mean_kl, world_size
+from .controller_ranks import HEADER, compare_controllers
+from .controller_state import STATE, STATE_VERSION, bits_of, first_state, read_state
+from .distributed import check_group, copies_in, describe, exchange, gather_rows, mean_kl, world_size
 from .library import call
 from .reference.controller import optimal_mu
 from .signals import Signals, concatenate, estimate, live_policy_tokens, require_alike
@@ -38,18 +40,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["ConstantPrior", "ControllerConfig", "CosinePrior", "GuidedAdaptiveController", "KLTarget", "optimal_mu"]
-
-# The tensors of a state_dict, by name: shape, dtype, and place in the state on the device.
-STATE: dict[str, tuple[tuple[int, ...], torch.dtype, int | slice]] = {
-    "mu": ((), torch.float64, schema.MU),
-    "mu_star": ((), torch.float64, schema.MU_STAR),
-    "estimate": ((), torch.float64, schema.ESTIMATE),  # e
-    "alpha": ((), torch.float64, schema.ALPHA),
-    "signals": ((3,), torch.float64, schema.SIGNALS),  # EMAs of sigma_s^2, sigma_r^2, Delta^2; 0 until first measured
-    "measured": ((3,), torch.bool, schema.MEASURED),
-    "skipped": ((), torch.float64, schema.SKIPPED),
-}
-STATE_VERSION = 1
 
 _DEFAULT_CONFIG = ControllerConfig()
 
@@ -66,12 +56,16 @@ class GuidedAdaptiveController:
 
     Until each of the three signals has been measured once, the estimate is the current mu, so that only the prior moves
     it. A batch without experts or without RL sequences leaves that branch's signal as it was. A signal that is not
-    finite leaves that signal as it was and is counted in `skipped`; so is a KL.
+    finite, or negative, leaves that signal as it was and is counted in `skipped`; so is a KL that is not finite. A row
+    that does not say what it is (signals.Estimate) makes all three signals such.
 
     device: of mu, the state and all observed signals; default torch's default device.
     process_group: ranks that share the controller's state; default the default group, if torch.distributed is
-    initialised when step() runs. Every rank must call step() equally often, also one that observed nothing. Ranks
-    exchange signals on refresh steps only (plus one small gather of the KL a step under KLTarget). With a group that
+    initialised when step() runs. Every rank must call step() equally often, also one that observed nothing. Ranks that
+    hold the same rows (`Signals.replicas`: those of a loss with tp_group) count once. Ranks exchange signals on refresh
+    steps only (plus one small gather of the KL a step under KLTarget), and compare there, and at their first step() or
+    that after load_state_dict, step, configuration and state: a difference raises the same ValueError on all ranks,
+    before anything whose size depends on it is exchanged, and changes nothing. With a group that
     has a CPU backend too ("cpu:gloo,cuda:nccl") no exchange makes the host wait for the device; with "nccl" alone that
     of the row counts does, once a refresh.
 
@@ -94,16 +88,14 @@ class GuidedAdaptiveController:
         self._group = process_group
         self._target = config.alpha if isinstance(config.alpha, KLTarget) else None
         self._static, self._fused = schema.encode_config(config), schema.fused_estimate(config)
-        self._fingerprint = zlib.crc32(json.dumps(config.as_dict(), sort_keys=True).encode())
         self._observed: list[Signals] = []
         self._step = 0
         self._unfed = 0  # refreshes in a row that had nothing to read
         self._captured = False  # whether a CUDA graph holds the state: it knows the count of steps, and we do not
-        alpha = config.alpha.init if isinstance(config.alpha, KLTarget) else config.alpha
-        mu, prior = config.init_mu, schema.prior_before(config, 0, config.init_mu)
-        state = [mu, mu, mu, alpha, *[0.0] * 6, 0.0, 0.0, prior]
-        self._state = torch.tensor(state, dtype=torch.float64, device=device)
-        self._mu = self._state[schema.MU].float()
+        first = first_state(config)
+        self._begun: list[int] | None = bits_of(first)  # until ranks have compared what they begin with
+        self._state = torch.tensor(first, dtype=torch.float64, device=device)
+        self._mu = schema.narrowed_mu(config, self._state[schema.MU])
 
     @property
     def mu(self) -> Tensor:
@@ -143,7 +135,7 @@ class GuidedAdaptiveController:
                 )
             kept = replace(signals, rows=rows, has_sum_sq=False, hidden=signals.hidden.detach())
         else:
-            kept = Signals(rows)
+            kept = Signals(rows, replicas=signals.replicas)
         if self._observed:
             require_alike(self._observed[0], kept)
         self._observed.append(kept)
@@ -168,14 +160,18 @@ class GuidedAdaptiveController:
         with torch.inference_mode(False):  # mu enters autograd graphs, which cannot save an inference tensor
             read = refresh or (self._target is not None and ranks > 1)
             observed = concatenate(self._observed) if self._observed and read else None
-            # What can raise or wait comes before the first change of the state.
-            of_ranks = None if self._target is None else self._mean_kl(kl, observed)
+            # What can raise or wait comes before the first change of the state, and what ranks compare before what
+            # they exchange: sizes depend on it.
+            meets = ranks > 1 and (refresh or self._begun is not None)
+            own = self._own_kl(kl, meets)
+            table = self._meet(observed if refresh else None) if meets else []
+            of_ranks = None if own is None or ranks == 1 else mean_kl(own, *self._weight(observed), self._group)
             if refresh and ranks > 1:
-                tag = (self._step, self._fingerprint)
-                observed = gather_signals(observed, self._group, self._state.device, tag)
+                observed = gather_rows(observed, table, self._group, self._state.device)
             if refresh and not fixed:
                 self._say_unfed(observed)
-            state, mu = call("controller_step", self._state, *self._seen(observed if refresh else None, of_ranks))
+            seen = self._seen(observed if refresh else None, own if of_ranks is None else of_ranks)
+            state, mu = call("controller_step", self._state, *seen)
             if fixed:  # a replay reads what its capture read
                 self._state.copy_(state)
                 self._mu.copy_(mu)
@@ -215,7 +211,7 @@ class GuidedAdaptiveController:
 
         The signals are their EMAs, 0 until first measured; mu_star is the current mu until all are. prior is the value
         that the last step() used; without a prior it is the estimate, which then stands in its place. skipped counts
-        values that were not finite.
+        values that were left out: not finite, negative, or of rows that do not say what they are.
         """
         numbers = self._state.clone().unbind()
         names = ("mu_star", "sigma_s2", "sigma_r2", "delta2", "alpha", "prior", "skipped")
@@ -227,8 +223,17 @@ class GuidedAdaptiveController:
         """The state after the last step(): copies of the tensors, numbers, and the configuration.
 
         What was observed since is not part of it, as accumulated gradients are not part of an optimizer's: who resumes
-        repeats the step. Loads with torch.load(..., weights_only=True).
+        repeats the step. RuntimeWarning where something that the next step() would read is left out so. Loads with
+        torch.load(..., weights_only=True).
         """
+        waits = self._target is not None or self._step % self.config.update_every == 0
+        if self._observed and waits and not self._captured:
+            warnings.warn(
+                f"state_dict() leaves out the signals of {len(self._observed)} micro-batches that were observed since "
+                "the last step(): save after step(), or repeat the whole step after loading",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         tensors = {name: self._state[at].to(dtype, copy=True) for name, (_, dtype, at) in STATE.items()}
         return {"version": STATE_VERSION, "config": self.config.as_dict(), "step": self.steps, **tensors}
 
@@ -238,69 +243,56 @@ class GuidedAdaptiveController:
         ValueError (TypeError for what is no tensor) for unknown or missing keys, another version or configuration,
         shapes, dtypes or values that do not fit. The controller is then as it was.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
-        expected = {"version", "config", "step", *STATE}
-        if missing := sorted(expected - set(state_dict)):
-            raise ValueError(f"state_dict lacks {missing}")
-        if unknown := sorted(set(state_dict) - expected, key=str):
-            raise ValueError(f"state_dict has unknown keys {unknown}")
-        if not isinstance(state_dict["version"], int) or state_dict["version"] != STATE_VERSION:
-            raise ValueError(f"state_dict['version'] must be {STATE_VERSION}, got {state_dict['version']!r}")
-        ours, theirs = self.config.as_dict(), state_dict["config"]
-        if not isinstance(theirs, Mapping):
-            raise TypeError(f"state_dict['config'] must be a mapping, got {type(theirs).__name__}")
-        if odd := [v for v in theirs.values() if not isinstance(v, (str, int, float, dict, type(None)))]:
-            raise TypeError(f"state_dict['config'] must hold plain values, got {type(odd[0]).__name__}")
-        if ours != theirs:
-            differing = sorted((k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)), key=str)
-            text = ", ".join(f"{k}: {ours.get(k)!r} here, {theirs.get(k)!r} there" for k in differing)
-            raise ValueError(f"state_dict['config'] must be this controller's configuration, differs in {text}")
-        step = state_dict["step"]
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"state_dict['step'] must be an int of at least 0, got {step!r}")
-        state = torch.empty(schema.STATE_NUMBERS, dtype=torch.float64, device=self._state.device)
-        for name, (_, _, place) in STATE.items():
-            state[place] = self._checked(name, state_dict[name])
-        state[schema.STEPS] = step
-        state[schema.PRIOR] = schema.prior_before(self.config, step, float(state_dict["estimate"]))
-        mu = state[schema.MU].float()
+        read, step = read_state(state_dict, self.config)
+        state = read.to(self._state.device)
+        mu = schema.narrowed_mu(self.config, state[schema.MU])
         if self._captured:
             self._state.copy_(state)
             self._mu.copy_(mu)
         else:
             self._state, self._mu = state, mu
-        self._step, self._observed = step, []
+        self._step, self._observed, self._begun = step, [], bits_of(read.tolist())
 
-    def _checked(self, name: str, tensor: object) -> Tensor:
-        """A tensor of a state_dict, on this controller's device, or an error that names it."""
-        shape, dtype, _ = STATE[name]
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"state_dict[{name!r}] must be a tensor, got {type(tensor).__name__}")
-        if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
-            got = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise ValueError(f"state_dict[{name!r}] must be a tensor of {shape} {dtype}, got {got}")
-        low, high = (self.config.mu_min, self.config.mu_max) if name == "mu" else (0.0, schema.LARGEST_SIGNAL)
-        if not ((tensor >= low) & (tensor <= high)).all():  # also nan
-            raise ValueError(f"state_dict[{name!r}] must be in [{low:g}, {high:g}], got {tensor.tolist()}")
-        return tensor.detach().to(self._state.device)
+    def _own_kl(self, kl: Tensor | float | None, meets: bool) -> Tensor | None:
+        """This rank's KL, float64 0-d, or None under a fixed alpha. A refusal is told to the ranks that wait for us."""
+        if self._target is None:
+            return None
+        try:
+            return self._checked_kl(kl)
+        except (TypeError, ValueError):
+            if meets:
+                self._exchange(None, refused=True)
+            raise
 
-    def _mean_kl(self, kl: Tensor | float | None, observed: Signals | None) -> Tensor:
-        """The operator's kl: of this rank alone, 0-d, or of all ranks, (3,)."""
+    def _checked_kl(self, kl: Tensor | float | None) -> Tensor:
         device = self._state.device
         if isinstance(kl, Tensor):
             plain_tensor("kl", kl, NUMBERS)
             if kl.dim() != 0 or kl.device != device:
                 raise ValueError(f"kl must be 0-d on {device}, got shape {tuple(kl.shape)} on {kl.device}")
-            kl = kl.detach().double()
-        elif kl is None:
+            return kl.detach().double()
+        if kl is None:
             raise ValueError("step() needs kl under KLTarget, got None")
-        elif isinstance(kl, bool) or not isinstance(kl, numbers.Real):
+        if isinstance(kl, bool) or not isinstance(kl, numbers.Real):
             raise TypeError(f"kl must be a number or a 0-d tensor, got {kl!r}")
-        else:
-            kl = torch.full((), float(kl), dtype=torch.float64, device=device)
-        if world_size(self._group) == 1:
-            return kl
-        tokens = torch.zeros_like(kl) if observed is None else live_policy_tokens(observed)
-        mean, finite, bad = mean_kl(kl, tokens, self._group)
-        return torch.stack((mean, finite.double(), bad))
+        return torch.full((), float(kl), dtype=torch.float64, device=device)
+
+    def _weight(self, observed: Signals | None) -> tuple[Tensor, float]:
+        """What this rank's KL weighs: its live RL tokens, shared with the ranks of the group that hold the same."""
+        if observed is None:
+            return torch.zeros_like(self._state[schema.MU]), 1.0
+        return live_policy_tokens(observed), 1.0 / copies_in(self._group, observed.replicas)
+
+    def _exchange(self, observed: Signals | None, refused: bool = False) -> list[list[int]]:
+        config = json.dumps(self.config.as_dict(), sort_keys=True)
+        begun = [0] * schema.STATE_NUMBERS if self._begun is None else self._begun
+        header = (int(refused), self._step, zlib.crc32(config.encode()), int(self._begun is not None), *begun)
+        return exchange("step() of a controller", (*header, *describe(observed)), self._group, self._state.device)
+
+    def _meet(self, observed: Signals | None) -> list[list[int]]:
+        """Compare what must be equal on all ranks; on each refresh, and at the first step() of a controller or of a
+        state that it loaded. Returns what describes the ranks' signals."""
+        table = self._exchange(observed)
+        compare_controllers([row[:HEADER] for row in table], self.config, self._group, self._state.device)
+        self._begun = None
+        return [row[HEADER:] for row in table]

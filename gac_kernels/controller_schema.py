@@ -7,6 +7,7 @@ so the same call can be repeated by a CUDA graph.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -117,3 +118,26 @@ def encode_signals(signals: Signals | None) -> tuple[int, int, float]:
 def prior_before(config: ControllerConfig, step: int, estimate: float) -> float:
     """The prior that the step before ``step`` used; without a prior the estimate, which stands in its place."""
     return estimate if config.prior is None else config.prior.value(max(step - 1, 0))
+
+
+def narrowed_mu(config: ControllerConfig, mu: Tensor) -> Tensor:
+    """``mu`` in float32, to the nearest number that is not outside of ``[mu_min, mu_max]``; where no float32 lies
+    inside, the nearest."""
+    low, high = _float32_within(config.mu_min, config.mu_max)
+    return mu.float() if low > high else mu.float().clamp(low, high)
+
+
+@lru_cache(maxsize=64)
+def _float32_within(low: float, high: float) -> tuple[float, float]:
+    """The smallest float32 that is not below ``low``, the largest that is not above ``high``; both in [0, 1]."""
+
+    def nearest(x: float) -> tuple[float, int]:
+        packed = struct.pack("<f", x)
+        return struct.unpack("<f", packed)[0], struct.unpack("<i", packed)[0]
+
+    def at(bits: int) -> float:
+        value: float = struct.unpack("<f", struct.pack("<i", bits))[0]
+        return value
+
+    (bottom, bottom_bits), (top, top_bits) = nearest(low), nearest(high)
+    return at(bottom_bits + (bottom < low)), at(top_bits - (top > high))

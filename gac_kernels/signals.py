@@ -46,6 +46,10 @@ VARIANCE_FLOOR = 1e-8  # of the coefficient estimator, whose coefficients are of
 # Squared gradients averaged over tokens and sequences come near 1e-8 on long batches, so that floor would hide them.
 # This one only keeps mu* from being 0 / 0.
 NORM_FLOOR = 1e-30
+# own_norm and diff_norm are sums of c^2 n with n = 1 - 2 p + sum p^2 in [0, 2]. Where p and sum p^2 come in 16 bits,
+# which round by 2^-9 of themselves, n may fall below 0 by 3 * 2^-9: that much below 0 counts as 0, and more is no
+# squared norm.
+NORM_ROUNDING = 2.0**-7
 TRIM_FROM = 4  # fewer sequences than this are not trimmed
 
 
@@ -57,6 +61,8 @@ class Signals:
         counts nowhere.
     has_sum_sq: whether own_norm and diff_norm were measured (they need sum p^2).
     policy_aggregation, supervised_aggregation, norm_length: how the loss weighs tokens, read by the `logit` estimator.
+    replicas: global ranks that hold these same rows, this one among them, or None where no other does. A loss with
+        tp_group sets it, and all_reduce; who gathers signals over ranks then counts the rows once.
     hidden: (S, H) gradient, with respect to a bias on the last hidden state, of each sequence's mean loss in its branch
         (mu and the aggregation taken out), or None.
     """
@@ -67,6 +73,7 @@ class Signals:
     supervised_aggregation: str = "token-mean"
     norm_length: float | None = None
     hidden: Tensor | None = None
+    replicas: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         plain_tensor("rows", self.rows)
@@ -86,6 +93,9 @@ class Signals:
             raise ValueError(f"norm_length must be positive and finite or None, got {length!r}")
         if self.hidden is not None:
             _check_hidden(self.hidden, self.rows)
+        ranks = () if self.replicas is None else self.replicas
+        if not isinstance(ranks, tuple) or any(type(rank) is not int or rank < 0 for rank in ranks):
+            raise TypeError(f"replicas must be a tuple of global ranks or None, got {ranks!r}")
 
     def __add__(self, other: Signals) -> Signals:
         """The rows of both, in this order. Raises ValueError where the two were not made in the same way."""
@@ -98,16 +108,15 @@ class Signals:
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Signals:
         """The rows of every rank of `group` (default: the default group), in rank order, on every rank.
 
-        Ranks may hold different numbers of rows, none included; all must call. Without torch.distributed, or with one
-        rank, returns self. How many rows there are is exchanged first: through the group's CPU backend if it has one,
-        else through the device, which the host then waits for.
+        Ranks may hold different numbers of rows, none included; all must call. Rows that several ranks hold
+        (`replicas`) come once, and the result's replicas are all of the group: a controller over these ranks counts
+        them once. Without torch.distributed, or with one rank, returns self. How many rows there are is exchanged
+        first: through the group's CPU backend if it has one, else through the device, which the host then waits for.
         """
         from .distributed import check_group, gather_signals  # import this module
 
         check_group("group", group)
-        gathered = gather_signals(self, group, self.rows.device)
-        assert gathered is not None  # None comes only where no rank has Signals
-        return gathered
+        return gather_signals(self, group, self.rows.device)
 
     def metadata(self) -> tuple:
         """What must agree between Signals that are put together."""
@@ -142,6 +151,11 @@ def require_alike(first: Signals, other: Signals) -> None:
     for field, ours, theirs in zip(METADATA_FIELDS, first.metadata(), other.metadata(), strict=True):
         if ours != theirs:
             raise ValueError(f"signals that are added must agree in {field}, got {ours!r} and {theirs!r}")
+    if first.replicas != other.replicas:
+        raise ValueError(
+            "signals that are added must be held by the same ranks (replicas), as those of losses with and without "
+            f"tp_group are not, got {first.replicas} and {other.replicas}"
+        )
     if first.rows.device != other.rows.device:
         raise ValueError(
             f"signals that are added must lie on one device, got {first.rows.device} and {other.rows.device}"
@@ -151,7 +165,9 @@ def require_alike(first: Signals, other: Signals) -> None:
 class Estimate(NamedTuple):
     """sigma_s^2, sigma_r^2, Delta^2 as float64 (3,), and which of them the batch could tell, bool (3,).
 
-    A value whose branch had no sequence is not present, and then has no meaning. A present value may be nan or inf.
+    A value whose branch had no sequence is not present, and then has no meaning. A present value may be nan or inf: so
+    are all three, and present, where a row does not say what it is (`tokens` or `expert` below 0 or not finite), and so
+    is a value from sums of squares of which one is below 0.
     """
 
     values_3: Tensor
@@ -185,10 +201,10 @@ def coefficient_estimate(signals: Signals, *, trim: float = 0.1, znorm: bool = F
     if znorm:
         disagreement_S = _normalised_disagreement(rows, live_S, torch.finfo(signals.rows.dtype).eps)
     else:
-        disagreement_S = rows[:, DISAGREEMENT]
+        disagreement_S = _squares(rows[:, DISAGREEMENT])
     delta2 = _mean(disagreement_S / tokens_S, live_S)
     present = torch.stack((expert_S.any(), policy_S.any(), live_S.any()))
-    return Estimate(torch.stack((sigma_s2, sigma_r2, delta2)), present)
+    return _of_rows(rows, torch.stack((sigma_s2, sigma_r2, delta2)), present)
 
 
 def logit_estimate(signals: Signals) -> Estimate:
@@ -204,12 +220,12 @@ def logit_estimate(signals: Signals) -> Estimate:
     live_S, expert_S, policy_S = _branches(rows)
     expert_weight_S, policy_weight_S = _token_weights(signals, rows, expert_S, policy_S)
     weight2_S = torch.where(expert_S, expert_weight_S, policy_weight_S).square()
-    own_S = weight2_S * rows[:, OWN_NORM]
+    own_S = weight2_S * _norms(rows[:, OWN_NORM], torch.where(expert_S, rows[:, CS2], rows[:, CR2]))
     sigma_s2 = (_mean(own_S, expert_S) / expert_S.sum()).clamp(min=NORM_FLOOR)
     sigma_r2 = (_mean(own_S, policy_S) / policy_S.sum()).clamp(min=NORM_FLOOR)
-    delta2 = _mean(weight2_S * rows[:, DIFF_NORM], live_S)
+    delta2 = _mean(weight2_S * _norms(rows[:, DIFF_NORM], rows[:, DISAGREEMENT]), live_S)
     present = torch.stack((expert_S.any(), policy_S.any(), live_S.any()))
-    return Estimate(torch.stack((sigma_s2, sigma_r2, delta2)), present)
+    return _of_rows(rows, torch.stack((sigma_s2, sigma_r2, delta2)), present)
 
 
 def hidden_estimate(signals: Signals) -> Estimate:
@@ -236,14 +252,42 @@ def hidden_estimate(signals: Signals) -> Estimate:
         noises.append((deviation_SH.square().sum() / (count * (count - 1))).clamp(min=NORM_FLOOR))
         presents.append(count >= 2)
     distance2 = (means_H[0] - means_H[1]).square().sum()
-    delta2 = (distance2 - noises[0] - noises[1]).clamp(min=0.0)
-    return Estimate(torch.stack((*noises, delta2)), torch.stack((*presents, presents[0] & presents[1])))
+    delta2 = _not_negative(distance2 - noises[0] - noises[1])
+    return _of_rows(rows, torch.stack((*noises, delta2)), torch.stack((*presents, presents[0] & presents[1])))
 
 
 def live_policy_tokens(signals: Signals) -> Tensor:
-    """Live tokens of the RL sequences, float64 0-d."""
-    policy_S = _branches(signals.rows)[2]
+    """Live tokens of the RL sequences, of those rows that say what they are; float64 0-d."""
+    policy_S = _branches(signals.rows)[2] & _counts(signals.rows)
     return torch.where(policy_S, signals.rows[:, TOKENS].double(), 0.0).sum()
+
+
+def _counts(rows: Tensor) -> Tensor:
+    """Which rows say how many tokens they are of, and of what; bool (S,)."""
+    named_S2 = rows[:, : TOKENS + 1]  # EXPERT and TOKENS
+    return ((named_S2 >= 0) & (named_S2 < torch.inf)).all(1)  # false for nan
+
+
+def _of_rows(rows: Tensor, values_3: Tensor, present_3: Tensor) -> Estimate:
+    """The estimate, or nan in its place: one row that does not say what it is spoils what all rows say."""
+    good = _counts(rows).all()
+    return Estimate(torch.where(good, values_3, torch.nan), present_3 | ~good)
+
+
+def _squares(sum_S: Tensor) -> Tensor:
+    """Sums of squares; what is below 0 is none, and nan."""
+    return torch.where(sum_S >= 0, sum_S, torch.nan)
+
+
+def _norms(sum_S: Tensor, of_S: Tensor) -> Tensor:
+    """Sums of c^2 n, where sum c^2 is `of_S`: what rounding alone takes below 0 counts as 0."""
+    rounded_S = (sum_S < 0) & (sum_S > -torch.inf) & (-sum_S <= NORM_ROUNDING * of_S)
+    return torch.where(rounded_S, 0.0, _squares(sum_S))
+
+
+def _not_negative(x: Tensor) -> Tensor:
+    """What is 0 or more but for rounding. -inf is none: nan, as of nan."""
+    return torch.where(x > -torch.inf, x.clamp(min=0.0), torch.nan)
 
 
 def _branches(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,7 +328,8 @@ def _normalised_disagreement(rows: Tensor, live_S: Tensor, eps: float) -> Tensor
     A coefficient that does not vary stays as it is. "Does not vary": a variance of less than 64 roundings of the mean
     square, which is all that sums in the rows' own precision can tell.
     """
-    tokens_S, cs_S, cr_S, cs2_S, cr2_S, cscr_S = (rows[:, c] for c in (TOKENS, CS, CR, CS2, CR2, CSCR))
+    tokens_S, cs_S, cr_S, cscr_S = (rows[:, c] for c in (TOKENS, CS, CR, CSCR))
+    cs2_S, cr2_S = _squares(rows[:, CS2]), _squares(rows[:, CR2])
     total = torch.where(live_S, tokens_S, 0.0).sum()
 
     def scale_and_mean(sum_S: Tensor, square_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,7 +344,7 @@ def _normalised_disagreement(rows: Tensor, live_S: Tensor, eps: float) -> Tensor
     total_S = (
         a * a * cs2_S + b * b * cr2_S - 2 * a * b * cscr_S + shift * (shift * tokens_S - 2 * a * cs_S + 2 * b * cr_S)
     )
-    return total_S.clamp(min=0.0)  # a sum of squares, up to rounding
+    return _not_negative(total_S)  # a sum of squares, up to rounding
 
 
 def _token_weights(signals: Signals, rows: Tensor, expert_S: Tensor, policy_S: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ sequence (padded length), ``V`` vocabulary, ``H`` hidden width.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
@@ -262,7 +263,8 @@ class Denominators:
         Args:
             batches: this rank's micro-batches of the step, one at least, all on one device.
             objective: whose two aggregations say what is counted.
-            group: the ranks that share the step; None: all, if torch.distributed is initialised. Each must call.
+            group: the ranks that share the step; None: all, if torch.distributed is initialised. Each must call, with
+                the same aggregations: else ValueError on all of them, on a device counts that are nan.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
@@ -281,9 +283,20 @@ class Denominators:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size(group)
         if ranks > 1:
-            torch.distributed.all_reduce(counts, group=group)
+            counts = _over_ranks(counts, (objective.aggregation, objective.supervised_aggregation), group)
         policy, supervised = (counts / ranks).unbind()
         return cls(policy, supervised)
+
+
+def _over_ranks(counts: Tensor, ways: tuple[str, str], group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """The sums over ranks. What ranks count travels with them: nan, and ValueError on a CPU, if it is not the same."""
+    code = zlib.crc32(repr(ways).encode()) % 4096
+    packed = torch.cat((counts, counts.new_full((1,), code), counts.new_full((1,), code * code)))
+    torch.distributed.all_reduce(packed, group=group)
+    same = packed[2].square() == packed[3] * torch.distributed.get_world_size(group)  # equal codes only: Cauchy-Schwarz
+    if packed.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(same):
+        raise ValueError(f"the aggregations of objective must be the same on all ranks, got {ways} on this one")
+    return torch.where(same, packed[:2], torch.nan)
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,6 +94,7 @@ class PlainController:
             self.mu_star = (self.alpha * distance + noise_r) / (distance + noise_s + noise_r)
             if config.smoothing == "reference":
                 smooth = beta * self.mu + (1 - beta) * self.mu_star
+                smooth = max(config.mu_min, min(config.mu_max, smooth))
             else:
                 first = self.estimate is None
                 self.estimate = self.mu_star if first else beta * self.estimate + (1 - beta) * self.mu_star

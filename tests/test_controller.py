@@ -25,6 +25,12 @@ CONFIGS = {
     "reference, constant prior": (
         gk.ControllerConfig(smoothing="reference", prior=gk.ConstantPrior(0.3), update_every=1), lambda t: 0.3,
     ),
+    "reference, tight": (
+        gk.ControllerConfig(
+            smoothing="reference", ema_beta=0.5, mu_min=0.25, mu_max=0.4, init_mu=0.3, change_cap=0.5, update_every=1,
+            prior=gk.ConstantPrior(0.1),
+        ), lambda t: 0.1,
+    ),
     "kl": (gk.ControllerConfig(alpha=gk.KLTarget()), cosine),
     "kl, reference": (gk.ControllerConfig(alpha=gk.KLTarget(gain=0.5), smoothing="reference"), cosine),
     "kl, no prior": (replace(NO_PRIOR, alpha=gk.KLTarget(target=0.01, init=0.2), update_every=3), None),
@@ -52,6 +58,7 @@ def test_follows_the_published_rule_step_for_step(name):
         assert got.dtype == torch.float32
         assert got.dim() == 0
         assert got.item() == pytest.approx(want, abs=6e-8)  # a rounding to float32
+        assert config.mu_min <= got.item() <= config.mu_max  # that never leaves the bounds, in float64 either
         metrics = {key.removeprefix("gac/"): value.item() for key, value in ours.metrics().items()}
         state = {"mu_star": plain.mu_star, "alpha": plain.alpha, "skipped": plain.skipped}
         state |= dict(zip(("sigma_s2", "sigma_r2", "delta2"), plain.emas, strict=True))

@@ -190,7 +190,7 @@ def broken(state, **changes):
     [
         (r"lacks \['alpha', 'mu'\]", {"mu": ..., "alpha": ...}),
         (r"unknown keys \['nu'\]", {"nu": 1}),
-        ("version.* must be 1, got 2", {"version": 2}),
+        (r"version.* must be in \[1, 2\], got 3", {"version": 3}),
         ("blend: 0.5 here, 0.25 there", {"config": gk.ControllerConfig(blend=0.25).as_dict()}),
         ("prior: .*CosinePrior.* here, None there", {"config": NO_PRIOR.as_dict()}),
         ("'step'.* got -1", {"step": -1}),

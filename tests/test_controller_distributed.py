@@ -319,7 +319,7 @@ def test_disagreements_are_told_to_every_rank_alike(ranks):
         "logit_norms": ["signals of all ranks must agree", "7.0", "8.0"],
         "widths": ["signals of all ranks must agree", "width of hidden"],
         "steps": ["controllers of all ranks must agree in (step, configuration)", "[0, ", "[10, "],
-        "configurations": ["controllers of all ranks must agree in (step, configuration)"],
+        "configurations": ["controllers of all ranks must agree in (step, configuration)", "trim by rank: [0.1, 0.2"],
     }.items():
         assert all(part in told[name] for part in parts), told[name]
     assert told["unchanged"]

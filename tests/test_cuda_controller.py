@@ -103,14 +103,19 @@ def test_weights_of_the_aggregations(policy, supervised):
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
-@pytest.mark.parametrize("column", [2, 3, 4, 10, 11])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -1e30, -1e-9, 1e200])
+@pytest.mark.parametrize("column", [0, 1, 2, 3, 4, 7, 8, 10, 11])
 def test_what_is_not_finite_is_counted(bad, column):
     rows = some_rows(3, 40)
     live = (rows[:, 1] > 0) & (rows[:, 0] == (1.0 if column == 2 else 0.0))
     rows[live.nonzero()[0], column] = bad
-    for name in ("coefficient", "logit"):
-        got, want = both(*arguments(CONFIGS[name], rows))
+    for name, hidden in (
+        ("coefficient", None),
+        ("znorm", None),
+        ("logit", None),
+        ("hidden", some_rows(4, 40)[:, 2:9].contiguous()),
+    ):
+        got, want = both(*arguments(CONFIGS[name], rows, hidden))
         assert_close(got, want)
         assert got[0][controller_schema.SKIPPED] == want[0][controller_schema.SKIPPED]
 

@@ -101,7 +101,7 @@ void step(const ControllerCall& call) {
                : call.wide_rows ? estimate(call, static_cast<const double*>(call.rows))
                                 : estimate(call, static_cast<const float*>(call.rows));
     controller_step(call.config, call.state, takes_in, seen, call.kl, call.kl_numbers, call.new_state);
-    *call.mu = static_cast<float>(call.new_state[kMu]);
+    *call.mu = narrowed_mu(call.config, call.new_state[kMu]);
 }
 
 }  // namespace

@@ -128,7 +128,7 @@ GAC_KERNEL(kControllerThreads, 1) controller_kernel(ControllerCall call, int64_t
     controller_step(c, call.state, takes_in, seen, call.kl, call.kl_numbers, state);
     if (thread() != 0) return;
     for (int i = 0; i < kStateNumbers; ++i) call.new_state[i] = state[i];
-    *call.mu = static_cast<float>(state[kMu]);
+    *call.mu = narrowed_mu(c, state[kMu]);
 }
 
 }  // namespace gac::cuda

@@ -15,6 +15,7 @@ namespace GAC_NAMESPACE {
 constexpr double kVarianceFloor = 1e-8, kNormFloor = 1e-30;  // signals.VARIANCE_FLOOR, NORM_FLOOR
 constexpr double kTrimFrom = 4;                              // signals.TRIM_FROM
 constexpr double kLargestSignal = 1e300;                     // controller_schema.LARGEST_SIGNAL
+constexpr double kNormRounding = 0x1p-7;                     // signals.NORM_ROUNDING
 constexpr double kPi = 3.141592653589793;
 
 // sigma_s^2, sigma_r^2, Delta^2, and which of them the batch could tell; the others have no meaning.
@@ -25,6 +26,9 @@ struct Estimate {
 
 // Of x that is nan: nan.
 GAC_INLINE double at_least(double low, double x) { return x < low ? low : x; }
+GAC_INLINE bool finite(double x) { return x - x == 0; }
+// What is 0 or more but for rounding. -inf is none: nan, as of nan.
+GAC_INLINE double not_negative(double x) { return x < 0 ? (finite(x) ? 0 : __builtin_nan("")) : x; }
 GAC_INLINE double within(double low, double x, double high) { return x < low ? low : x > high ? high : x; }
 
 // torch.lerp.
@@ -41,21 +45,46 @@ struct SignalRow {
     GAC_INLINE double operator[](int column) const { return static_cast<double>(at[column]); }
     GAC_INLINE bool live() const { return at[kColTokens] > T(0); }
     GAC_INLINE bool expert() const { return at[kColExpert] > T(0); }
+
+    // Whether the row says how many tokens it is of, and of what.
+    GAC_INLINE bool counts() const {
+        const double tokens = at[kColTokens], expert = at[kColExpert];
+        return tokens >= 0 && finite(tokens) && expert >= 0 && finite(expert);
+    }
+    // A column that sums squares: what is below 0 is none, and nan.
+    GAC_INLINE double squares(int column) const {
+        const double sum = at[column];
+        return sum >= 0 ? sum : __builtin_nan("");
+    }
+    // kColOwnNorm or kColDiffNorm, sums of c^2 n, 0 <= n <= 2. Where sum c^2 is `of`, n made of 16-bit numbers rounds
+    // below 0 by less than kNormRounding: that much counts as 0, and what is farther below is none, and nan.
+    GAC_INLINE double norm(int column, double of) const {
+        const double sum = at[column];
+        return sum < 0 && finite(sum) && -sum <= kNormRounding * of ? 0 : squares(column);
+    }
+    GAC_INLINE double own_norm() const { return norm(kColOwnNorm, at[expert() ? kColCs2 : kColCr2]); }
+    GAC_INLINE double diff_norm() const { return norm(kColDiffNorm, at[kColDisagreement]); }
 };
+// What signals from rows are, of which one does not say what it is.
+GAC_INLINE Estimate no_estimate() {
+    const double nan = __builtin_nan("");
+    return {{nan, nan, nan}, {true, true, true}};
+}
 template <class T>
 GAC_INLINE SignalRow<T> signal_row(const T* rows, int64_t s) {
     return {rows + s * kColumns};
 }
 
-// Sequences and live tokens of either branch.
+// Sequences and live tokens of either branch; `bad`: rows that do not say what they are, which spoil all of it.
 struct Branches {
-    double experts, rollouts, expert_tokens, rollout_tokens;
+    double experts, rollouts, expert_tokens, rollout_tokens, bad;
 };
 template <class T, class Team>
 GAC_INLINE Branches count_branches(const Team& team, const T* rows, int64_t sequences) {
-    double total[4];
-    team.sum(sequences, total, [&](int64_t s, double (&own)[4]) {
+    double total[5];
+    team.sum(sequences, total, [&](int64_t s, double (&own)[5]) {
         const SignalRow<T> row = signal_row(rows, s);
+        own[4] += row.counts() ? 0 : 1;
         if (!row.live()) return;
         const double expert = row.expert() ? 1 : 0;  // not an index: that would put `own` into memory on a GPU
         own[0] += expert;
@@ -63,7 +92,7 @@ GAC_INLINE Branches count_branches(const Team& team, const T* rows, int64_t sequ
         own[2] += row.expert() ? row[kColTokens] : 0;
         own[3] += row.expert() ? 0 : row[kColTokens];
     });
-    return {total[0], total[1], total[2], total[3]};
+    return {total[0], total[1], total[2], total[3], total[4]};
 }
 
 // Weight of a token of each sequence, relative to its branch's mean over sequences (signals._token_weight).
@@ -107,20 +136,21 @@ GAC_INLINE Normal normal(double sum, double squares, double tokens, double eps) 
 template <class T>
 GAC_INLINE double normalised_disagreement(const SignalRow<T>& row, Normal s, Normal r) {
     const double a = s.scale, b = r.scale, shift = a * s.mean - b * r.mean;
-    const double total = a * a * row[kColCs2] + b * b * row[kColCr2] - 2 * a * b * row[kColCsCr] +
+    const double total = a * a * row.squares(kColCs2) + b * b * row.squares(kColCr2) - 2 * a * b * row[kColCsCr] +
                          shift * (shift * row[kColTokens] - 2 * a * row[kColCs] + 2 * b * row[kColCr]);
-    return at_least(0, total);
+    return not_negative(total);
 }
 
 // signals.coefficient_estimate. values: room for sort().
 template <class T, class Team>
 GAC_INLINE Estimate coefficient_estimate(
     const Team& team, const T* rows, int64_t sequences, double trim, bool znorm, double* values) {
-    enum { kExperts, kRollouts, kUnordered, kAdvantage, kTokens, kCs, kCs2, kCr, kCr2, kSums };
+    enum { kBad, kExperts, kRollouts, kUnordered, kAdvantage, kTokens, kCs, kCs2, kCr, kCr2, kSums };
     double total[kSums];
     team.sum(sequences, total, [&](int64_t s, double (&own)[kSums]) {
         const SignalRow<T> row = signal_row(rows, s);
         values[s] = __builtin_huge_val();  // behind the experts, after the sort
+        own[kBad] += row.counts() ? 0 : 1;
         if (!row.live()) return;
         if (row.expert()) {
             const double nll = row[kColNll] / at_least(1, row[kColTokens]);
@@ -135,10 +165,11 @@ GAC_INLINE Estimate coefficient_estimate(
         if (!znorm) return;
         own[kTokens] += row[kColTokens];
         own[kCs] += row[kColCs];
-        own[kCs2] += row[kColCs2];
+        own[kCs2] += row.squares(kColCs2);
         own[kCr] += row[kColCr];
-        own[kCr2] += row[kColCr2];
+        own[kCr2] += row.squares(kColCr2);
     });
+    if (total[kBad] > 0) return no_estimate();
     const double experts = total[kExperts], rollouts = total[kRollouts], live = experts + rollouts;
     team.sort(values, sequences);
     const int64_t cut = experts < kTrimFrom ? 0 : static_cast<int64_t>(trim * experts);
@@ -154,7 +185,7 @@ GAC_INLINE Estimate coefficient_estimate(
         if (!row.live()) return;
         const double off = row[kColAdvantage] - mean_advantage;
         if (!row.expert()) own[0] += off * off;
-        own[1] += (znorm ? normalised_disagreement(row, s_normal, r_normal) : row[kColDisagreement]) /
+        own[1] += (znorm ? normalised_disagreement(row, s_normal, r_normal) : row.squares(kColDisagreement)) /
                   at_least(1, row[kColTokens]);
     });
     const double mean_nll = spread[2] / static_cast<double>(kept);
@@ -173,15 +204,16 @@ GAC_INLINE Estimate coefficient_estimate(
 template <class T, class Team>
 GAC_INLINE Estimate logit_estimate(const Team& team, const T* rows, int64_t sequences, const ControllerConfig& c) {
     const Branches of = count_branches(team, rows, sequences);
+    if (of.bad > 0) return no_estimate();
     const BranchWeights weights = branch_weights(c, of);
     double total[3];
     team.sum(sequences, total, [&](int64_t s, double (&own)[3]) {
         const SignalRow<T> row = signal_row(rows, s);
         if (!row.live()) return;
-        const double weight = weights(row), square = weight * weight, norm = square * row[kColOwnNorm];
+        const double weight = weights(row), square = weight * weight, norm = square * row.own_norm();
         own[0] += row.expert() ? norm : 0;
         own[1] += row.expert() ? 0 : norm;
-        own[2] += square * row[kColDiffNorm];
+        own[2] += square * row.diff_norm();
     });
     const double noise_s = total[0] / of.experts / of.experts, noise_r = total[1] / of.rollouts / of.rollouts;
     const double live = of.experts + of.rollouts;
@@ -198,10 +230,11 @@ GAC_INLINE Estimate hidden_estimate(const Team& team, const double* sums, int64_
     team.sum(partials, total, [&](int64_t i, double (&own)[3]) {
         for (int n = 0; n < 3; ++n) own[n] += sums[3 * i + n];
     });
+    if (of.bad > 0) return no_estimate();
     const double noise_s = at_least(kNormFloor, total[0] / (of.experts * (of.experts - 1)));
     const double noise_r = at_least(kNormFloor, total[1] / (of.rollouts * (of.rollouts - 1)));
     const bool s = of.experts >= 2, r = of.rollouts >= 2;
-    return {{noise_s, noise_r, at_least(0, total[2] - noise_s - noise_r)}, {s, r, s && r}};
+    return {{noise_s, noise_r, not_negative(total[2] - noise_s - noise_r)}, {s, r, s && r}};
 }
 
 // cos(pi x), 0 <= x <= 1.
@@ -226,21 +259,31 @@ GAC_INLINE bool refreshes(const ControllerConfig& c, const double* state) {
     return ::fmod(state[kSteps], static_cast<double>(c.update_every)) == 0;
 }
 
-// One step of the KL rule; a KL that is not finite is counted and moves nothing.
+// mu in float32, to the nearest number that is not outside of the bounds; where no float32 lies inside, the nearest.
+GAC_INLINE float narrowed_mu(const ControllerConfig& c, double mu) {
+    const float near = static_cast<float>(mu);
+    const float inside = near > c.mu_max   ? GAC_LIBM(nextafterf)(near, -1.0f)
+                         : near < c.mu_min ? GAC_LIBM(nextafterf)(near, 2.0f)
+                                           : near;
+    return inside >= c.mu_min && inside <= c.mu_max ? inside : near;
+}
+
+// One step of the KL rule; a KL that is not finite is counted and moves nothing. One below 0, which sampled log-ratios
+// (k1) can be, moves alpha as 0 does.
 GAC_INLINE void move_alpha(const ControllerConfig& c, const double* kl, int64_t kl_numbers, double* state) {
     const double mean = kl[0];
-    const bool finite = kl_numbers == 3 ? kl[1] != 0 : mean - mean == 0;
-    state[kSkipped] += kl_numbers == 3 ? kl[2] : finite ? 0 : 1;
-    if (!finite) return;
+    const bool usable = finite(mean) && (kl_numbers != 3 || kl[1] != 0);
+    state[kSkipped] += kl_numbers == 3 ? kl[2] : usable ? 0 : 1;
+    if (!usable) return;
     const double factor = ::exp(within(-1, mean / c.kl_target - 1, 1) * c.kl_gain);
     state[kAlpha] = within(c.kl_low, state[kAlpha] * factor, c.kl_high);
 }
 
-// EMAs of the signals that are present and finite; a first value is taken as it is.
+// EMAs of the signals that are present, finite and not negative; a first value is taken as it is.
 GAC_INLINE void take_in(const ControllerConfig& c, const Estimate& seen, double* state) {
     for (int i = 0; i < 3; ++i) {
         if (!seen.present[i]) continue;
-        if (!(seen.value[i] < kLargestSignal)) {  // nan too
+        if (!(seen.value[i] >= 0 && seen.value[i] < kLargestSignal)) {  // nan too
             state[kSkipped] += 1;
             continue;
         }
@@ -266,7 +309,7 @@ GAC_INLINE void controller_step(
     if (ready() && (kl || takes_in)) mu_star = (to[kAlpha] * distance + to[kSignals + 1]) / (distance + noise);
     to[kMuStar] = mu_star;
     // Without an estimate to smooth the first mu* is taken as it is.
-    to[kEstimate] = c.smooth_mu ? lerp(mu_star, mu, c.ema_beta)
+    to[kEstimate] = c.smooth_mu ? within(c.mu_min, lerp(mu_star, mu, c.ema_beta), c.mu_max)
                     : was_ready ? lerp(mu_star, from[kEstimate], c.ema_beta)
                                 : mu_star;
     double target = to[kEstimate];

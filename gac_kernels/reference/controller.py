@@ -2,7 +2,7 @@
 
     mu* = (alpha D + sigma_r^2) / (D + sigma_s^2 + sigma_r^2)
     e   = beta e + (1 - beta) mu*               smoothing "estimate" (ours), or
-    e   = beta mu + (1 - beta) mu*              smoothing "reference" (the published code)
+    e   = clip(beta mu + (1 - beta) mu*, mu_min, mu_max)    smoothing "reference" (the published code)
     c   = (1 - lambda) prior(step) + lambda e
     mu  = clip(mu + clip(c - mu, -cap, cap), mu_min, mu_max)
 
@@ -32,6 +32,7 @@ from ..controller_schema import (
     SKIPPED,
     STEPS,
     decode_config,
+    narrowed_mu,
 )
 from ..signals import AGGREGATIONS, Signals, estimate
 
@@ -58,7 +59,7 @@ def controller_step(
     if new.alpha is not old.alpha or new.signals is not old.signals:
         new = replace(new, mu_star=_optimum(new, config))
     new = _move_mu(new, old, config)
-    return new.packed(), new.mu.float()
+    return new.packed(), narrowed_mu(config, new.mu)
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,11 @@ def prior_of(config: ControllerConfig, step: Tensor) -> Tensor:
 
 
 def _move_alpha(state: State, target: KLTarget, kl: Tensor) -> State:
-    """One step of the KL rule; a KL that is not finite is counted and moves nothing."""
+    """One step of the KL rule; a KL that is not finite is counted and moves nothing. One below 0, which sampled
+    log-ratios (k1) can be, moves alpha as 0 does."""
     if kl.numel() == 3:
-        mean, finite, bad = kl[0], kl[1] != 0, kl[2]
+        mean, bad = kl[0], kl[2]
+        finite = (kl[1] != 0) & (mean.abs() < torch.inf)
     else:
         mean = kl.reshape(())
         finite = mean.abs() < torch.inf
@@ -120,9 +123,10 @@ def _move_alpha(state: State, target: KLTarget, kl: Tensor) -> State:
 
 
 def _take_in(state: State, values: Tensor, present: Tensor, step: Tensor, config: ControllerConfig) -> State:
-    """On a step that refreshes: EMAs of the signals that are present and finite; a first value is taken as it is."""
+    """On a step that refreshes: EMAs of the signals that are present, finite and not negative; a first value is taken
+    as it is."""
     present = present & (step.remainder(config.update_every) == 0)
-    usable = present & (values < LARGEST_SIGNAL)  # false for nan
+    usable = present & (values >= 0) & (values < LARGEST_SIGNAL)  # false for nan
     moved = torch.lerp(values, state.signals, state.measured * config.ema_beta)
     return replace(
         state,
@@ -147,7 +151,7 @@ def _move_mu(new: State, old: State, config: ControllerConfig) -> State:
     ready = was_ready if new.measured is old.measured else new.measured.all()
     mu_star = torch.where(ready, new.mu_star, mu)
     if config.smoothing == "reference":
-        smooth = torch.lerp(mu_star, mu, config.ema_beta)
+        smooth = torch.lerp(mu_star, mu, config.ema_beta).clamp_(config.mu_min, config.mu_max)
     else:  # the first mu* is taken as it is
         smooth = torch.where(was_ready, torch.lerp(mu_star, old.estimate, config.ema_beta), mu_star)
     prior = target = smooth
