@@ -104,12 +104,15 @@ class _Work:
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[Tensor | None, ...],
-        base: tuple[Tensor | None, ...], chunk: int,
+        base: tuple[Tensor | None, ...], chunk: int, shard: VocabularyShard | None = None,
     ) -> None:  # fmt: skip
-        """``rows``: targets, kind, temperature; ``base``: the four of GIFT's base model."""
+        """``rows``: targets, kind, temperature; ``base``: the four of GIFT's base model. ``shard``: of ranks that have
+        not compared their live rows yet."""
         self.hidden, self.head, self.base = hidden, Head(weight, bias), _Base.of(*base)
         assert rows[1] is not None
         self.live = _Live(rows[1], chunk, bool(self.base))
+        if shard is not None:
+            shard.agree_on_rows(self.live.count, hidden.device)
         self.x_RH = self.live.rows_of(hidden, self.head.dtype)
         self._rows = self.take(*rows)
 
@@ -171,7 +174,7 @@ def linear_loss(
     """As the schema in ``schemas.py`` says; with ``shard`` the weight is this rank's part of the vocabulary. With
     ``objective``, whose terms are functions in Python, ``static`` ends with the transform's and GIFT's numbers."""
     base = base_logits, base_hidden, base_weight, base_bias
-    work = _Work(hidden, weight, bias, (targets, kind, temperature), base, chunk)
+    work = _Work(hidden, weight, bias, (targets, kind, temperature), base, chunk, shard)
     tokens = work.take(weight_N, advantages, old_logprobs, ref_logprobs, rollout_weights)
     gradients, collected = work.gradients(want_hidden, want_weight, want_bias), []
     for part, logits, rows, base_rows in work:
@@ -232,7 +235,7 @@ def linear_statistics(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As the schema in ``schemas.py`` says; with ``shard`` the weight is this rank's part of the vocabulary."""
     base = base_logits, base_hidden, base_weight, base_bias
-    work = _Work(hidden, weight, bias, (targets, kind, temperature), base, chunk)
+    work = _Work(hidden, weight, bias, (targets, kind, temperature), base, chunk, shard)
     collected = []
     for _, logits, rows, base_rows in work:
         if shard is not None:

@@ -24,7 +24,7 @@ def chunk_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     bytes_of_row = max(1, columns) * (4 if wide else dtype.itemsize)
     most = max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["other"]) // bytes_of_row // 16 * 16)
     chunks = max(1, -(-rows // most))
-    return max(1, min(rows, -(-rows // chunks + 15) // 16 * 16 if chunks > 1 else rows))
+    return max(1, min(rows, (-(-rows // chunks) + 15) // 16 * 16 if chunks > 1 else rows))
 
 
 @lru_cache

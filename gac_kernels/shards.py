@@ -5,45 +5,124 @@ Shapes: R ranks, N rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import all_gather, all_gather_ints
+from .distributed import all_gather, exchange, of_all_ranks, ranks_disagree
 from .schemas import ELSEWHERE
+
+T = TypeVar("T")
+
+# What ranks with parts of one vocabulary exchange about a call, before anything whose size depends on it: once about
+# the call, once about how many of its rows are live.
+CALL, ROWS = "a loss or log-probs from hidden states with tp_group", "the live rows of hidden states with tp_group"
+
+
+def told(kind: str, group: dist.ProcessGroup | None, weight: object, check: Callable[[], T]) -> T:
+    """``check()``. What it refuses is told to the ranks that wait for this one in the exchange of this kind, so that
+    all of them raise. ``weight``: whose device the exchange is on where the group has no CPU backend."""
+    if group is None or not isinstance(group, dist.ProcessGroup):
+        return check()
+    try:
+        return check()
+    except (TypeError, ValueError) as error:
+        if of_all_ranks(error):
+            raise
+        device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
+        exchange(kind, [1], group, device)
+        raise
+
+
+def checksum(*settings: object) -> int:
+    """Of plain values, tensors by their presence, and dataclasses of them: equal on ranks that were given the same."""
+
+    def plain(value: object) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            return type(value).__qualname__, *(plain(getattr(value, field.name)) for field in fields(value))
+        if value is None or isinstance(value, (bool, str)):
+            return value
+        if isinstance(value, (int, float)):
+            return float(value)
+        return getattr(value, "__qualname__", type(value).__qualname__)
+
+    return zlib.crc32(repr([plain(value) for value in settings]).encode())
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
     """This rank's columns ``[start, start + width)`` of a vocabulary of ``total`` columns.
 
-    Columns beyond ``total`` are padding and belong to no shard; a shard may be empty.
+    Columns beyond ``total`` are padding and belong to no shard; a shard may be empty. ``chunk``: the rows a chunk that
+    all ranks can hold.
     """
 
     group: dist.ProcessGroup
     start: int
     width: int
     total: int
+    chunk: int = 1
 
     @classmethod
     def of(
-        cls, group: dist.ProcessGroup, columns: int, vocab_size: int | None, device: torch.device
+        cls,
+        group: dist.ProcessGroup,
+        columns: int,
+        vocab_size: int | None,
+        device: torch.device,
+        *,
+        chunk: int = 1,
+        call: Mapping[str, int] | None = None,
     ) -> VocabularyShard:
-        """Shards lie in rank order. Every rank must call; how many columns each has is exchanged on the host, and
-        compared, so that ranks that disagree raise alike."""
-        table = all_gather_ints([columns, -1 if vocab_size is None else vocab_size], group, device)
+        """Shards lie in rank order. Every rank must call; how many columns each has is exchanged on the host, with the
+        rows a chunk that each would take, of which the fewest count.
+
+        call: what must be equal on all ranks, by name. The same ValueError on all ranks where it is not,
+        and where a rank has refused its arguments (``told``).
+        """
+        call = call or {}
+        size = -1 if vocab_size is None else vocab_size
+        table = cls._exchange(CALL, [columns, size, chunk, *call.values()], group, device)
         sizes, totals = [row[0] for row in table], {row[1] for row in table}
         if len(totals) > 1:
-            raise ValueError(f"vocab_size must be the same on all ranks of tp_group, got {sorted(totals)}")
+            raise ranks_disagree(f"vocab_size must be the same on all ranks of tp_group, got {sorted(totals)}")
+        for place, name in enumerate(call, 3):
+            if any(row[place] != table[0][place] for row in table):
+                got = [row[place] for row in table]
+                raise ranks_disagree(f"{name} must be the same on all ranks of tp_group, got by rank {got}")
         if vocab_size is not None and not 0 < vocab_size <= sum(sizes):
-            raise ValueError(f"vocab_size must be in [1, {sum(sizes)}], the shards' columns, got {vocab_size}")
+            raise ranks_disagree(f"vocab_size must be in [1, {sum(sizes)}], the shards' columns, got {vocab_size}")
         if sum(sizes) == 0:
-            raise ValueError("weight must have a row on at least one rank of tp_group, got empty shards on all")
+            raise ranks_disagree("weight must have a row on at least one rank of tp_group, got empty shards on all")
         total = sum(sizes) if vocab_size is None else vocab_size
         start = sum(sizes[: dist.get_rank(group)])
-        return cls(group, start, max(0, min(columns, total - start)), total)
+        return cls(group, start, max(0, min(columns, total - start)), total, min(row[2] for row in table))
+
+    @staticmethod
+    def _exchange(kind: str, values: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
+        table = exchange(kind, [0, *values], group, device)
+        if refused := [rank for rank, row in enumerate(table) if row[0]]:
+            raise ranks_disagree(f"ranks {refused} of tp_group have refused their arguments; their own errors say why")
+        return [row[1:] for row in table]
+
+    def agree_on_rows(self, live: int, device: torch.device) -> None:
+        """Chunks are of live rows: The same ValueError on all ranks where they hold different numbers of them."""
+        counts = [row[0] for row in self._exchange(ROWS, [live], self.group, device)]
+        if any(count != live for count in counts):
+            raise ranks_disagree(
+                f"batch (its mask) must be the same on all ranks of tp_group, got by rank {counts} live tokens"
+            )
+
+    @property
+    def replicas(self) -> tuple[int, ...] | None:
+        """The global ranks that hold the same rows of the batch, as Signals have them."""
+        ranks = dist.get_process_group_ranks(self.group)
+        return tuple(sorted(ranks)) if len(ranks) > 1 else None
 
     def local(self, targets: Tensor) -> Tensor:
         """Targets as columns of this shard; ELSEWHERE where another shard has them, or none."""

@@ -365,7 +365,10 @@ def test_bad_targets_and_gift():
 
 def test_chunks_fit_their_budget():
     for rows, V, dtype in ((1, 1, torch.float32), (512, 151936, torch.float32), (2048, 151936, torch.bfloat16),
-                           (5000, 16, torch.float32), (100, 10**8, torch.float32), (0, 7, torch.float32)):  # fmt: skip
+                           (5000, 16, torch.float32), (36, 10**8, torch.float32), (100, 10**8, torch.float32),
+                           (0, 7, torch.float32)):  # fmt: skip
         chunk = products.chunk_rows(rows, V, dtype, torch.device("cpu"))
         assert 1 <= chunk <= max(1, rows)
         assert chunk * V * 4 <= products.CHUNK_BYTES["cpu"] or chunk <= 16
+        largest = max(16, products.CHUNK_BYTES["cpu"] // (V * 4) // 16 * 16)
+        assert -(-rows // chunk) == -(-rows // largest)  # as few as there can be

@@ -29,9 +29,10 @@ class Head:
 
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, vocab_size: int | None,
-    group: torch.distributed.ProcessGroup | None,
+    group: torch.distributed.ProcessGroup | None, chunk_tokens: int | None = None, call: int = 0,
 ) -> Head:  # fmt: skip
-    """All that can be wrong with a head; and the dtype that autocast gives a linear layer."""
+    """All that can be wrong with a head; and the dtype that autocast gives a linear layer. ``call``: a checksum of what
+    else ranks of a group must be given alike."""
     plain_tensor("hidden", hidden, FLOATS)
     plain_tensor("weight", weight, FLOATS)
     if bias is not None:
@@ -70,9 +71,22 @@ def check_head(
         width = columns
     else:
         check_group("tp_group", group)
+        if torch.distributed.get_world_size(group) < 1:
+            raise ValueError("tp_group must contain this rank, got a group without it")
         if torch.compiler.is_compiling():
             raise RuntimeError("tp_group is not supported under torch.compile: call outside the compiled region")
-        shard = VocabularyShard.of(group, weight.shape[0], vocab_size, weight.device)
+        alike = {
+            "hidden's width": hidden.shape[-1],
+            "hidden's dtype (in products)": FLOATS.index(hidden.dtype),
+            "targets' number": targets.numel(),
+            "chunk_tokens": chunk_tokens or 0,
+            "whether hidden requires grad": int(hidden.requires_grad and torch.is_grad_enabled()),
+            "whether there is a bias": int(bias is not None),
+            "function, objective, transform, mu and what the batch holds": call,
+        }
+        rows = targets.numel()
+        chunk = chunk_tokens or products.chunk_rows(rows, weight.shape[0], hidden.dtype, hidden.device)
+        shard = VocabularyShard.of(group, weight.shape[0], vocab_size, weight.device, chunk=chunk, call=alike)
         columns, width = shard.total, shard.width
     if width != weight.shape[0]:
         weight, bias = weight[:width], None if bias is None else bias[:width]
@@ -120,9 +134,16 @@ def base_of(
     return None, as_rows(base.hidden), base.weight, base.bias
 
 
-def chunk_of(chunk_tokens: int | None, rows: int, head: Head) -> int:
+def check_chunk(chunk_tokens: int | None) -> None:
     if chunk_tokens is None:
-        return products.chunk_rows(rows, head.weight.shape[0], head.hidden.dtype, head.hidden.device)
+        return
     if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be a positive int or None, got {chunk_tokens!r}")
+
+
+def chunk_of(chunk_tokens: int | None, rows: int, head: Head) -> int:
+    if head.shard is not None:  # the ranks' collectives are of one chunk each
+        return head.shard.chunk
+    if chunk_tokens is None:
+        return products.chunk_rows(rows, head.weight.shape[0], head.hidden.dtype, head.hidden.device)
     return chunk_tokens

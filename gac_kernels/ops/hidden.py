@@ -13,10 +13,10 @@ from torch import Tensor
 from .. import library, linear
 from ..objectives import GIFT, HybridObjective, LogitTransform
 from ..schemas import encode_rows
-from ..shards import VocabularyShard
+from ..shards import CALL, ROWS, VocabularyShard, checksum, told
 from ..types import Denominators, HybridLoss, TokenBatch, TokenLogprobs, rising_offsets
 from . import inputs
-from .head import base_of, check_head, chunk_of
+from .head import Head, base_of, check_chunk, check_head, chunk_of
 from .logits import OUTPUTS, PLAIN, anchor_of, check_outputs, checked_transform
 from .once import first_order_only
 from .plan import LossPlan
@@ -189,13 +189,23 @@ def hybrid_loss_from_hidden(
     products. On a GPU the host waits for the number of live tokens, once in each look at them, unless a CUDA graph is
     being captured.
     """
-    inputs.check_objective(objective, batch)
-    transform = checked_transform(transform)
-    head = check_head(hidden, weight, bias, batch.targets, vocab_size, tp_group)
-    gift = objective.supervised if isinstance(objective.supervised, GIFT) else None
-    base = base_of(gift, batch, head, base_hidden, base_weight, base_bias, vocab_size)
-    check_targets("batch.targets", batch.targets, batch.mask, head.columns)
-    plan = LossPlan.of(head.hidden, batch, objective, mu, transform, gift, denominators)
+
+    def check_call() -> tuple[LogitTransform, Head]:
+        inputs.check_objective(objective, batch)
+        check_chunk(chunk_tokens)
+        checked, call = checked_transform(transform), 0
+        if tp_group is not None:
+            call = checksum("hybrid_loss_from_hidden", objective, checked, mu, batch, denominators)
+        return checked, check_head(hidden, weight, bias, batch.targets, vocab_size, tp_group, chunk_tokens, call)
+
+    def check_rows() -> tuple[tuple[Tensor | None, ...], LossPlan]:
+        gift = objective.supervised if isinstance(objective.supervised, GIFT) else None
+        base = base_of(gift, batch, head, base_hidden, base_weight, base_bias, vocab_size)
+        check_targets("batch.targets", batch.targets, batch.mask, head.columns)
+        return base, LossPlan.of(head.hidden, batch, objective, mu, plain, gift, denominators)
+
+    plain, head = told(CALL, tp_group, weight, check_call)
+    base, plan = told(ROWS, tp_group, weight, check_rows)
     spread = _Spread(chunk_of(chunk_tokens, batch.targets.numel(), head), head.shard)
     loss, scalars, signals, logprobs, entropy, means = _HiddenLoss.apply(
         as_rows(head.hidden), head.weight, head.bias, anchor_of(head.hidden), anchor_of(head.weight), base, plan, spread
@@ -203,7 +213,7 @@ def hybrid_loss_from_hidden(
     shape = batch.targets.shape
     return assemble(
         loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, plan.norm_length,
-        means if means.numel() else None,
+        means if means.numel() else None, None if head.shard is None else head.shard.replicas,
     )  # fmt: skip
 
 
@@ -275,16 +285,27 @@ def token_logprobs_from_hidden(
         TokenLogprobs in float32 (float64 for float64), shaped as ``targets``. ``logprobs`` and ``entropy`` are
         differentiable once, a second derivative raises RuntimeError.
     """
-    transform = checked_transform(transform)
-    check_outputs(outputs)
-    head = check_head(hidden, weight, bias, targets, vocab_size, tp_group)
-    live = live_places(targets, mask)
-    check_targets("targets", targets, live, head.columns)
+
+    def check_call() -> tuple[LogitTransform, Head]:
+        check_outputs(outputs)
+        check_chunk(chunk_tokens)
+        checked, call = checked_transform(transform), 0
+        if tp_group is not None:
+            call = checksum("token_logprobs_from_hidden", checked, *outputs)
+        return checked, check_head(hidden, weight, bias, targets, vocab_size, tp_group, chunk_tokens, call)
+
+    def check_rows() -> Tensor:
+        live = live_places(targets, mask)
+        check_targets("targets", targets, live, head.columns)
+        return live
+
+    plain, head = told(CALL, tp_group, weight, check_call)
+    live = told(ROWS, tp_group, weight, check_rows)
     dtype = torch.promote_types(head.hidden.dtype, torch.float32)
     results = _HiddenLogprobs.apply(
         as_rows(head.hidden), head.weight, head.bias, targets.reshape(-1).contiguous(),
-        live.reshape(-1).to(torch.uint8), row_temperature(transform, targets, dtype),
-        chunk_of(chunk_tokens, targets.numel(), head), encode_rows(transform, None), head.shard,
+        live.reshape(-1).to(torch.uint8), row_temperature(plain, targets, dtype),
+        chunk_of(chunk_tokens, targets.numel(), head), encode_rows(plain, None), head.shard,
     )  # fmt: skip
     named = dict(zip(OUTPUTS, (value.view(targets.shape) for value in results), strict=True))
     return TokenLogprobs(**{name: named[name] if name in outputs else None for name in OUTPUTS})

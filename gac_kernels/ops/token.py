@@ -107,6 +107,7 @@ def hybrid_loss(
 def assemble(
     loss: Tensor, scalars: Tensor, rows: Tensor, logprobs: Tensor, token_entropy: Tensor | None,
     objective: HybridObjective, has_sum_sq: bool, norm_length: float | None, hidden_means: Tensor | None = None,
+    replicas: tuple[int, ...] | None = None,
 ) -> HybridLoss:  # fmt: skip
     """The public result from the operator's."""
     return HybridLoss(
@@ -120,6 +121,7 @@ def assemble(
             supervised_aggregation=objective.supervised_aggregation,
             norm_length=norm_length,
             hidden=hidden_means,
+            replicas=replicas,
         ),
         scalars=scalars,
         applicable=_metric_names(objective),
