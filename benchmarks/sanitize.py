@@ -33,7 +33,7 @@ def losses(mu: torch.Tensor) -> int:
     for objective, batch, logits in logit_cases(0, "cuda"):
         for inplace in (False, True):
             leaf = logits.clone().requires_grad_()
-            out = gk.hybrid_loss_from_logits(leaf, batch, objective, mu, inplace=inplace)
+            out = gk.hybrid_loss_from_logits(leaf * 1.0, batch, objective, mu, inplace=inplace)
             (2 * out.loss).backward()
             finite(out.loss, out.logprobs, leaf.grad)
             runs += 1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .library import call
+from .overlap import first_shared
 
 __all__ = ["accumulate_moments_", "gradient_moments"]
 
@@ -58,12 +59,16 @@ def accumulate_moments_(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> 
             )
         if not running.is_contiguous():
             raise ValueError(f"sums[{place}] must be contiguous, got strides {running.stride()}")
-    places = [running.data_ptr() for running in sums if running.numel()]
-    if len(set(places)) < len(places):
-        raise ValueError("sums must be tensors of their own, got one more than once")
     if not sums:
         return torch.zeros((), dtype=torch.float64)
-    norm2: Tensor = call("accumulate_moments_", list(sums), _dense(gradients))
+    dense = _dense(gradients)
+    if shared := first_shared(list(sums), dense):
+        place, other, at = shared
+        raise ValueError(
+            f"sums must be memory of their own, got sums[{place}] overlapping "
+            f"{'sums' if other == 'written' else 'gradients'}[{at}]"
+        )
+    norm2: Tensor = call("accumulate_moments_", list(sums), dense)
     return norm2
 
 

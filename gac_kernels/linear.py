@@ -22,6 +22,7 @@ from .objectives import HybridObjective
 from .products import Gradients, Head
 from .schemas import DEAD, ROLLOUT, decode
 from .shards import VocabularyShard
+from .units import Units, slopes_in_unit, weights_in_unit
 
 
 @dataclass
@@ -131,13 +132,15 @@ class _Work:
                 base = self.base.rows(self.live.chosen, part, self.head.dtype)[None]
             yield part, self.head.logits(self.x_RH[part])[None], _cut(self._rows, part), base
 
-    def finish(self, gradients: Gradients, shard: VocabularyShard | None) -> tuple[Tensor, ...]:
-        """The gradients as the operators return them, that of the hidden states in the batch's places."""
+    def finish(self, gradients: Gradients, shard: VocabularyShard | None, units: Units | None) -> tuple[Tensor, ...]:
+        """The gradients as the operators return them, that of the hidden states in the batch's places; their unit."""
         gradient, *others = gradients.results(self.x_RH)
         if gradients.hidden is not None:
             gradient = gradient if shard is None else shard.sum(gradient)
             gradient = self.live.put(gradient).view(self.hidden.shape)
-        return gradient.to(self.hidden.dtype), *others
+        if units is None:
+            return gradient.to(self.hidden.dtype), *others, self.hidden.new_empty(0)
+        return gradient, *others, units.unit
 
     def join(self, collected: list[tuple[Tensor, ...]], columns: tuple[int | None, ...]) -> tuple[Tensor, ...]:
         """The chunks' results one below the other, back in the batch's places; absent is ``(0,)``. ``columns``: of each
@@ -174,8 +177,14 @@ def linear_loss(
     """As the schema in ``schemas.py`` says; with ``shard`` the weight is this rank's part of the vocabulary. With
     ``objective``, whose terms are functions in Python, ``static`` ends with the transform's and GIFT's numbers."""
     base = base_logits, base_hidden, base_weight, base_bias
-    work = _Work(hidden, weight, bias, (targets, kind, temperature), base, chunk, shard)
+    work, units = _Work(hidden, weight, bias, (targets, kind, temperature), base, chunk, shard), None
+    if hidden.dtype is torch.float16:
+        term, by_row = objective or decode(*static[5:]), not work.head.wide
+        weight_N, units = weights_in_unit(
+            weight_N, kind, temperature, advantages, rollout_weights, static, term, by_row
+        )
     tokens = work.take(weight_N, advantages, old_logprobs, ref_logprobs, rollout_weights)
+    (shrink,) = work.take(None if units is None else units.shrink_N)
     gradients, collected = work.gradients(want_hidden, want_weight, want_bias), []
     for part, logits, rows, base_rows in work:
         if shard is None and objective is None:
@@ -184,8 +193,8 @@ def linear_loss(
             term = objective or decode(*static[5:])
             results = _eager_terms(shard, logits, rows, base_rows, _cut(tokens, part), static[:5], term)
         collected.append(_with_supervised(results, bool(work.base)))
-        gradients.add(logits[0], work.x_RH[part], part)
-    return *work.join(collected, (None,) * 4), *work.finish(gradients, shard)
+        gradients.add(logits[0], work.x_RH[part], part, None if shrink is None else shrink[part, None])
+    return *work.join(collected, (None,) * 4), *work.finish(gradients, shard, units)
 
 
 def _eager_terms(
@@ -258,8 +267,12 @@ def linear_gradient(
     """As the schema in ``schemas.py`` says; with ``shard`` the weight is this rank's part of the vocabulary."""
     base = base_logits, base_hidden, base_weight, base_bias
     local = targets if shard is None else shard.local(targets)
-    work = _Work(hidden, weight, bias, (local, kind, temperature), base, chunk)
+    work, units = _Work(hidden, weight, bias, (local, kind, temperature), base, chunk), None
+    if hidden.dtype is torch.float16:
+        by_row = not work.head.wide
+        slope, entropy_slope, units = slopes_in_unit(slope, entropy_slope, temperature, static, by_row)
     given = work.take(normalizer, entropy, slope, entropy_slope)
+    (shrink,) = work.take(None if units is None else units.shrink_N)
     gradients = work.gradients(want_hidden, want_weight, want_bias)
     for part, logits, rows, base_rows in work:
         of_rows = _cut(given, part)
@@ -267,8 +280,8 @@ def linear_gradient(
             of_rows[0] = of_rows[0][:, :2].contiguous()  # without the base row's
         if work.head.columns:
             library.call("row_gradient_", logits, *rows, base_rows, *of_rows, *static)
-        gradients.add(logits[0], work.x_RH[part], part)
-    return work.finish(gradients, shard)
+        gradients.add(logits[0], work.x_RH[part], part, None if shrink is None else shrink[part, None])
+    return work.finish(gradients, shard, units)
 
 
 def _cut(values: list[Tensor | None], part: slice) -> list[Any]:

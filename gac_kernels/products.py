@@ -85,47 +85,58 @@ class Head:
 class Gradients:
     """The sums over chunks: dh in its rows, dW and db in at least float32.
 
-    Where dW leaves in 16 bits, its float32 sum lies in parts that are narrowed one after the other: the two never lie
-    side by side as a whole.
+    Where dW leaves in bfloat16, its float32 sum lies in parts that are narrowed one after the other: the two never lie
+    side by side as a whole. A float16 head's gradients leave in float32.
     """
 
     def __init__(self, head: Head, hidden: Tensor, chunks: int, want_hidden: bool, want_weight: bool, want_bias: bool):
         self.head, self.begun = head, False
         weight, acc = head.weight, torch.promote_types(hidden.dtype, torch.float32)
-        self.hidden = hidden.new_empty(hidden.shape) if want_hidden else None
+        self.half = weight.dtype is torch.float16
+        self.dtype = acc if self.half else weight.dtype
+        self.hidden = hidden.new_empty(hidden.shape, dtype=acc if self.half else hidden.dtype) if want_hidden else None
         self.bias = weight.new_zeros(head.columns, dtype=acc) if want_bias else None
         self.weight: Tensor | None = None
         self.parts: list[Tensor] = []  # rows of dW, of the result itself where no sum is wider than it
         if not want_weight:
             return
-        if chunks <= 1 or weight.dtype is acc:  # one chunk's product is rounded once, whatever dtype it is written in
-            self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            self.parts = list(self.weight.split(max(1, head.columns) if weight.dtype is head.dtype else _BLOCK_ROWS))
+        if chunks <= 1 or self.dtype is acc:  # one chunk's product is rounded once, whatever dtype it is written in
+            self.weight = torch.empty_like(weight, dtype=self.dtype, memory_format=torch.contiguous_format)
+            whole = self.dtype in (head.dtype, acc)
+            self.parts = list(self.weight.split(max(1, head.columns) if whole else _BLOCK_ROWS))
         else:
             rows = max(1, -(-head.columns // _PARTS))
             sizes = [min(rows, head.columns - begin) for begin in range(0, head.columns, rows)]
             self.parts = [weight.new_empty((size, head.width), dtype=acc) for size in sizes]
 
-    def add(self, dz_RV: Tensor, x_RH: Tensor, rows: slice) -> None:
-        """A chunk's part: ``dz`` is the gradient of its logits, ``x`` its hidden states, which are the ``rows``."""
+    def add(self, dz_RV: Tensor, x_RH: Tensor, rows: slice, shrink_R1: Tensor | None = None) -> None:
+        """A chunk's part: ``dz`` is the gradient of its logits, ``x`` its hidden states, which are the ``rows``. With
+        ``shrink``, powers of two, ``dz`` is too large by their inverses."""
         head, dx_RH = self.head, None
         for columns, weight in head.blocks() if self.hidden is not None else ():
             dz = dz_RV[:, columns]
-            dx_RH = dz @ weight if dx_RH is None else dx_RH.addmm_(dz, weight)
+            if self.half and not head.wide:
+                dx_RH = _product_in_float32(dz, weight)
+            else:
+                dx_RH = dz @ weight if dx_RH is None else dx_RH.addmm_(dz, weight)
         if self.hidden is not None:
-            self.hidden[rows] = 0 if dx_RH is None else dx_RH
+            self.hidden[rows] = 0 if dx_RH is None else dx_RH if shrink_R1 is None else dx_RH * shrink_R1
+        narrow_R1 = None if shrink_R1 is None else shrink_R1.to(x_RH.dtype)
+        x_RH = x_RH if narrow_R1 is None else x_RH * narrow_R1
         begin = 0
         for part in self.parts:
             self._add_product(part, dz_RV[:, begin : begin + len(part)].t(), x_RH)
             begin += len(part)
-        if self.bias is not None:
+        if self.bias is not None and narrow_R1 is not None:
+            self.bias += _product_in_float32(narrow_R1.t(), dz_RV)[0]
+        elif self.bias is not None:
             self.bias += dz_RV.sum(0, dtype=self.bias.dtype)
         self.begun = True
 
     def _add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         if total.dtype is b.dtype:
             torch.addmm(total, a, b, beta=float(self.begun), out=total)  # with beta 0 what was there is not read
-        elif self.weight is not None:  # one chunk: a product in float32, the result in 16 bits
+        elif total.dtype is not torch.float32:  # one chunk: a product in float32, the result in 16 bits
             total.copy_(a @ b)
         elif not self.begun and not b.is_cuda:
             torch.mm(a.float(), b.float(), out=total)
@@ -136,7 +147,8 @@ class Gradients:
 
     def results(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dh, dW and db, ``(0,)`` where not wanted. The sums are spent."""
-        none, dtype = hidden.new_empty(0), self.head.weight.dtype
+        dtype = self.dtype
+        none = hidden.new_empty(0, dtype=dtype)
         if not self.begun:
             for part in self.parts:
                 part.zero_()
@@ -151,3 +163,8 @@ class Gradients:
             none if weight is None else weight,
             none if self.bias is None else self.bias.to(dtype),
         )
+
+
+def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of 16-bit matrices, its sums not rounded."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

@@ -162,12 +162,13 @@ _FUSED_RESULTS = "Tensor logprobs, Tensor entropy, Tensor sum_sq, Tensor supervi
 
 # Rows of hidden states (A, B, H), any strides of the two leading dimensions, times a head weight (V, H) and bias (V,),
 # all of one dtype; `chunk` rows of logits exist at a time. GIFT's base logits are given, (A, B, V), or made of
-# base_hidden (A, B, H'), base_weight (V, H') and base_bias. Gradients are wanted or (0,).
+# base_hidden (A, B, H'), base_weight (V, H') and base_bias. Gradients are wanted or (0,). Those of a float16 head come
+# in float32 and in a unit, a power of two (0-d float32) that they are to be multiplied by; else unit is (0,).
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _BASE = "Tensor? base_logits, Tensor? base_hidden, Tensor? base_weight, Tensor? base_bias"
 _LINEAR = "Tensor targets, Tensor kind, Tensor? temperature"
 _WANTED = "SymInt chunk, bool want_hidden, bool want_weight, bool want_bias"
-_GRADIENTS = "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient"
+_GRADIENTS = "Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient, Tensor unit"
 # Three products: statistics, slope and gradient of a chunk while it is there.
 _LINEAR_LOSS = f"""({_HEAD}, {_LINEAR}, {_BASE}, Tensor weight_N, Tensor? advantages, Tensor? old_logprobs,
     Tensor? ref_logprobs, Tensor? rollout_weights, {_WANTED}, {_STATIC}, {_TERM}) -> ({_FUSED_RESULTS}, {_GRADIENTS})"""
@@ -260,11 +261,13 @@ def _linear_rows(hidden: Tensor) -> Tensor:
 
 
 def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *wanted: bool) -> tuple[Tensor, ...]:
-    of = (hidden, weight, bias)
-    return tuple(
-        value.new_empty(value.shape) if want and value is not None else hidden.new_empty(0)
-        for value, want in zip(of, wanted, strict=True)
+    half = hidden.dtype is torch.float16
+    dtype = torch.float32 if half else hidden.dtype
+    gradients = (
+        hidden.new_empty(value.shape if want and value is not None else (0,), dtype=dtype)
+        for value, want in zip((hidden, weight, bias), wanted, strict=True)
     )
+    return *gradients, hidden.new_empty(() if half else 0, dtype=torch.float32 if half else hidden.dtype)
 
 
 def _linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

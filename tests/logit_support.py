@@ -52,10 +52,26 @@ class LogitCase:
 
 
 def run(function, case: LogitCase, objective, mu, transform=None, **options):
-    logits = case.logits.clone().requires_grad_()
+    leaf = case.logits.clone().requires_grad_()
+    logits = leaf * 1.0 if options.get("inplace") else leaf
     out = function(logits, case.batch, objective, mu, transform=transform or gk.LogitTransform(), **options)
     out.loss.backward()
-    return out, logits.grad
+    return out, leaf.grad
+
+
+class _Computed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, leaf):
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def computed(leaf):
+    """Logits in the leaf's memory and strides that are neither a leaf nor a view of one to autograd."""
+    return _Computed.apply(leaf)
 
 
 def make(

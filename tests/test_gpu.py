@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hidden_support import HiddenCase
-from logit_support import LogitCase, check_gradient, check_rows, make, run, worst
+from logit_support import LogitCase, check_gradient, check_rows, computed, make, run, worst
 
 import gac_kernels as gk
 from gac_kernels import library
@@ -59,7 +59,7 @@ def _step(objective, batch, logprobs, entropy, sum_sq, mu):
 
 def _logit_step(objective, batch, logits, mu):
     leaf = logits.clone().requires_grad_()
-    out = gk.hybrid_loss_from_logits(leaf, batch, objective, mu, inplace=True)
+    out = gk.hybrid_loss_from_logits(leaf * 1.0, batch, objective, mu, inplace=True)
     out.loss.backward()
     return out, leaf.grad
 
@@ -211,7 +211,7 @@ def test_more_than_two_to_the_31_logits():
     counts = gk.Denominators(policy=torch.tensor(1.0, device="cuda"), supervised=torch.tensor(1.0, device="cuda"))
     objective = gk.HybridObjective(gk.GRPO(), aggregation="token-mean")
     whole = logits.requires_grad_()
-    out = gk.hybrid_loss_from_logits(whole, batch, objective, 0.0, inplace=True, denominators=counts)
+    out = gk.hybrid_loss_from_logits(computed(whole), batch, objective, 0.0, inplace=True, denominators=counts)
     out.loss.backward()
     rest = gk.TokenBatch.from_padded(targets[:, -2:], mask[:, -2:], advantages=torch.ones(1, device="cuda"))
     alone = last.requires_grad_()

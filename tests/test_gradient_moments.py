@@ -169,7 +169,11 @@ def test_strided_gradients_are_copied_and_strided_sums_refused(backend):
         (TypeError, r"supervised\[0\] must be float16.*int64", lambda x: gradient_moments([x.long()], [x.long()])),
         (ValueError, r"policy\[0\] must lie on cpu, got meta", lambda x: gradient_moments([x], [x.to("meta")])),
         (ValueError, r"gradients\[0\] must have shape", lambda x: accumulate_moments_([x], [x[:2]])),
-        (ValueError, "sums must be tensors of their own", lambda x: accumulate_moments_([x, x], [x + 1, x + 2])),
+        (
+            ValueError,
+            r"sums must be memory of their own, got sums.1. overlapping sums.0.",
+            lambda x: accumulate_moments_([x, x], [x + 1, x + 2]),
+        ),
         (
             TypeError,
             r"sums\[0\] must be float64, or float32 .* got torch.bfloat16",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from logit_support import DTYPES, TRANSFORMS, LogitCase, check, check_gradient, make, run, with_infinities
+from logit_support import DTYPES, TRANSFORMS, LogitCase, check, check_gradient, computed, make, run, with_infinities
 from support import POLICIES, policy_name
 
 import gac_kernels as gk
@@ -83,6 +83,7 @@ def test_strides(layout, inplace):
         view.copy_(case.logits)
     want, want_gradient = LogitCase(view.contiguous(), case.batch).oracle(OBJECTIVE, 0.3)
     leaf = view.detach().requires_grad_()
+    leaf = computed(leaf) if inplace else leaf
     if inplace and layout in ("columns", "expanded"):
         with pytest.raises(ValueError, match="logits must"):
             gk.hybrid_loss_from_logits(leaf, case.batch, OBJECTIVE, 0.3, inplace=True)

@@ -15,6 +15,7 @@ from logit_support import (
     check,
     check_gradient,
     check_rows,
+    computed,
     make,
     run,
     with_infinities,
@@ -89,7 +90,7 @@ def test_strides(layout):
         view.copy_(case.logits)
     _, want = LogitCase(view.contiguous(), case.batch).oracle(gk.HybridObjective(), 0.3)
     for inplace in (False, True) if layout != "expanded" else (False,):
-        leaf = view.detach().requires_grad_()
+        leaf = computed(view.detach().requires_grad_())
         out = gk.hybrid_loss_from_logits(leaf, case.batch, gk.HybridObjective(), 0.3, inplace=inplace)
         (gradient,) = torch.autograd.grad(out.loss, leaf)
         check_gradient(gradient, want)

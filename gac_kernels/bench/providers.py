@@ -40,19 +40,32 @@ def check_backend(backend: str, device: str | torch.device) -> None:
         raise Unavailable(str(error)) from error
 
 
+class _Computed(torch.autograd.Function):
+    """A leaf as a model's logits are to autograd, which alone may be overwritten; in the leaf's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 def _ours(backend: str, inplace: bool | None, case: Case) -> Provider:
     """This package on a backend; ``inplace`` is None where there is no choice."""
     from .. import __version__
 
     check_backend(backend, case.device)
     loss: Callable[..., Any] = hybrid_loss
+    given: Callable[[Tensor], Tensor] = _Computed.apply if inplace else (lambda leaf: leaf)
     if isinstance(case, HiddenCase):
         loss = hybrid_loss_from_hidden
     elif inplace is not None:
         loss = partial(hybrid_loss_from_logits, inplace=inplace)
 
     def forward(leaf: Tensor) -> Outputs:
-        out = loss(leaf, *case.parameters, case.batch, case.objective, case.mu)
+        out = loss(given(leaf), *case.parameters, case.batch, case.objective, case.mu)
         return Outputs(out.loss, out.logprobs, out.signals.rows, out.metrics, out.token_entropy)
 
     name = f"{OURS}-{backend}" + (NEW if inplace is False else "")

@@ -224,7 +224,7 @@ def _compare_logits(objective: HybridObjective, batch: TokenBatch, logits: Tenso
     mu, transform = torch.tensor(MU, device=logits.device), LogitTransform(0.8, softcap=20.0)
     leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
     with library.use_backend(backend):
-        got = hybrid_loss_from_logits(leaf, batch, objective, mu, transform=transform, inplace=True)
+        got = hybrid_loss_from_logits(leaf * 1.0, batch, objective, mu, transform=transform, inplace=True)
         (gradient,) = torch.autograd.grad(got.loss, leaf)
     want = reference.hybrid_loss_from_logits(exact, _double(batch), objective, mu.double(), transform=transform)
     (want_gradient,) = torch.autograd.grad(want.loss, exact)

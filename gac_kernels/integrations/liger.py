@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from ..objectives import LogitTransform
 from ..ops import hybrid_loss_from_hidden, token_logprobs, token_logprobs_from_hidden
+from ..overlap import is_leaf_memory
 from ..types import IGNORE_INDEX, Denominators, TokenBatch, shape_text
 from ._liger_loss import Options, Rollouts, check_delta, check_temperatures
 from .checks import Check, check_host
@@ -237,7 +238,9 @@ def triton_grpo_loss(
         completion_ids: ``(B, T)``. advantages: ``(B,)``. completion_mask: ``(B, T)`` bool or 0-1; None: all count.
         eps_low, eps_high: as ``epsilon_low`` and ``epsilon_high`` of :class:`LigerFusedLinearGRPOLoss`, and so on for
             the arguments of the same names.
-        inplace: backward writes the gradient over the logits; their values are lost, and a second backward raises.
+        inplace: backward writes the gradient over the logits; their values are lost, and a second backward raises. Of
+            logits that are a leaf, or a view of one, the gradient is a new tensor: else their grad were their own
+            memory.
         max_completion_length: None takes ``T``.
         reduce: whether to return the loss of the batch, or that of each token.
 
@@ -276,8 +279,9 @@ def triton_grpo_loss(
     # The last row goes along, masked: a view without it would have a gradient to be copied into one with it.
     targets = pad(completion_ids.masked_fill(~rollouts.mask, IGNORE_INDEX), (0, 1), value=IGNORE_INDEX)
     logprobs = token_logprobs(
-        logits, targets, transform=LogitTransform(temperature), outputs=("logprobs",), inplace=inplace
-    ).logprobs
+        logits, targets, transform=LogitTransform(temperature), outputs=("logprobs",),
+        inplace=inplace and not torch.compiler.is_compiling() and not is_leaf_memory(logits),
+    ).logprobs  # fmt: skip
     assert logprobs is not None  # asked for
     terms = options.terms(logprobs[:, :-1], rollouts)
     if not reduce:

@@ -20,9 +20,10 @@ from .rows import as_rows, in_arithmetic_of, misfit
 class Head:
     """The head as one call uses it."""
 
-    hidden: Tensor  # (..., H), in the dtype of the products
+    hidden: Tensor  # (..., H)
     weight: Tensor  # (V, H), without padded columns
     bias: Tensor | None
+    dtype: torch.dtype  # of the products, and of the three but under float16's autocast
     columns: int  # of the whole vocabulary
     shard: VocabularyShard | None
 
@@ -31,8 +32,9 @@ def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, vocab_size: int | None,
     group: torch.distributed.ProcessGroup | None, chunk_tokens: int | None = None, call: int = 0,
 ) -> Head:  # fmt: skip
-    """All that can be wrong with a head; and the dtype that autocast gives a linear layer. ``call``: a checksum of what
-    else ranks of a group must be given alike."""
+    """All that can be wrong with a head; and the dtype that autocast gives a linear layer. To bfloat16 it is brought
+    here. From float16 a gradient would come rounded, and too early for a loss scale: what takes part in autograd casts
+    by itself. ``call``: a checksum of what else ranks of a group must be given alike."""
     plain_tensor("hidden", hidden, FLOATS)
     plain_tensor("weight", weight, FLOATS)
     if bias is not None:
@@ -50,12 +52,13 @@ def check_head(
     for name, value in (("weight", weight), *of_bias, ("targets", targets)):
         if value.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device} like hidden, got {value.device}")
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
-        if value.dtype is not hidden.dtype:
+    cast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype is not torch.float64
+    dtype = torch.get_autocast_dtype(hidden.device.type) if cast else hidden.dtype
+    for name, value in (("weight", weight), *of_bias):
+        if not cast and value.dtype is not dtype:
             raise TypeError(f"{name} must have dtype {hidden.dtype} like hidden, got {value.dtype}")
+    if cast and dtype is not torch.float16:
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
         raise TypeError(f"vocab_size must be an int or None, got {vocab_size!r}")
     shard = None
@@ -77,7 +80,7 @@ def check_head(
             raise RuntimeError("tp_group is not supported under torch.compile: call outside the compiled region")
         alike = {
             "hidden's width": hidden.shape[-1],
-            "hidden's dtype (in products)": FLOATS.index(hidden.dtype),
+            "hidden's dtype (in products)": FLOATS.index(dtype),
             "targets' number": targets.numel(),
             "chunk_tokens": chunk_tokens or 0,
             "whether hidden requires grad": int(hidden.requires_grad and torch.is_grad_enabled()),
@@ -85,12 +88,12 @@ def check_head(
             "function, objective, transform, mu and what the batch holds": call,
         }
         rows = targets.numel()
-        chunk = chunk_tokens or products.chunk_rows(rows, weight.shape[0], hidden.dtype, hidden.device)
+        chunk = chunk_tokens or products.chunk_rows(rows, weight.shape[0], dtype, hidden.device)
         shard = VocabularyShard.of(group, weight.shape[0], vocab_size, weight.device, chunk=chunk, call=alike)
         columns, width = shard.total, shard.width
     if width != weight.shape[0]:
         weight, bias = weight[:width], None if bias is None else bias[:width]
-    return Head(hidden, weight, bias, columns, shard)
+    return Head(hidden, weight, bias, dtype, columns, shard)
 
 
 def base_of(
@@ -131,7 +134,8 @@ def base_of(
         raise type(error)(f"base_{error}") from error
     if base.columns != head.columns:
         raise ValueError(f"base_weight must have {head.columns} rows like weight, got {base.columns}")
-    return None, as_rows(base.hidden), base.weight, base.bias
+    bias = None if base.bias is None else base.bias.to(base.dtype)
+    return None, as_rows(base.hidden.to(base.dtype)), base.weight.to(base.dtype), bias
 
 
 def check_chunk(chunk_tokens: int | None) -> None:
@@ -145,5 +149,5 @@ def chunk_of(chunk_tokens: int | None, rows: int, head: Head) -> int:
     if head.shard is not None:  # the ranks' collectives are of one chunk each
         return head.shard.chunk
     if chunk_tokens is None:
-        return products.chunk_rows(rows, head.weight.shape[0], head.hidden.dtype, head.hidden.device)
+        return products.chunk_rows(rows, head.weight.shape[0], head.dtype, head.hidden.device)
     return chunk_tokens

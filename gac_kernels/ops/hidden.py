@@ -15,6 +15,7 @@ from ..objectives import GIFT, HybridObjective, LogitTransform
 from ..schemas import encode_rows
 from ..shards import CALL, ROWS, VocabularyShard, checksum, told
 from ..types import Denominators, HybridLoss, TokenBatch, TokenLogprobs, rising_offsets
+from ..units import rounded
 from . import inputs
 from .head import Head, base_of, check_chunk, check_head, chunk_of
 from .logits import OUTPUTS, PLAIN, anchor_of, check_outputs, checked_transform
@@ -25,10 +26,16 @@ from .token import assemble
 
 
 class _Spread(NamedTuple):
-    """How the work is cut: rows a chunk, and the part of the vocabulary that is here."""
+    """How the work is cut and in what it is done: rows a chunk, the part of the vocabulary that is here, and the dtype
+    of the products."""
 
     chunk: int
     shard: VocabularyShard | None
+    dtype: torch.dtype
+
+    def cast(self, *values: Tensor | None) -> tuple[Any, ...]:
+        """In the dtype of the products; without autograd, for gradients go back in each input's own."""
+        return tuple(None if value is None else value.to(self.dtype) for value in values)
 
 
 def _run(name: str, shard: VocabularyShard | None, *args: Any, **objective: Any) -> tuple[Tensor, ...]:
@@ -49,9 +56,10 @@ class _HiddenLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_anchor: Tensor, weight_anchor: Tensor,
         base: tuple[Tensor | None, ...], plan: LossPlan, spread: _Spread,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        wanted, (chunk, shard) = tuple(ctx.needs_input_grad[:3]), spread
+        wanted, (chunk, shard, _) = tuple(ctx.needs_input_grad[:3]), spread
+        ctx.dtypes = tuple(None if value is None else value.dtype for value in (hidden, weight, bias))
         kind, weight_N, advantages = plan.token_weights()
-        leading = (hidden, weight, bias, plan.targets, kind, plan.temperature, *base)
+        leading = (*spread.cast(hidden, weight, bias), plan.targets, kind, plan.temperature, *base)
         gradients: tuple[Tensor, ...] = ()
         if any(wanted) and not plan.two_looks:
             objective = {} if plan.custom is None else {"objective": plan.custom[1]}
@@ -73,7 +81,7 @@ class _HiddenLoss(torch.autograd.Function):
                     "linear_gradient", shard, *leading, normalizer, entropy, slope.view(-1),
                     bonus.view(-1) if plan.has_bonus else None, chunk, *wanted, *plan.static,
                 )  # fmt: skip
-        sums = _sequence_means(plan.batch, gradients[0], weight_N) if wanted[0] else loss.new_empty(0)
+        sums = _sequence_means(plan.batch, gradients[0], weight_N, gradients[3]) if wanted[0] else loss.new_empty(0)
         results = loss, scalars, signals, logprobs, entropy, sums
         ctx.wanted, ctx.spent = wanted, False
         ctx.save_for_backward(hidden_anchor, weight_anchor, *gradients)
@@ -92,21 +100,30 @@ class _HiddenLoss(torch.autograd.Function):
                 "backward handed on: call hybrid_loss_from_hidden again"
             )
         ctx.spent = True
-        *anchors, hidden, weight, bias = ctx.saved_tensors
+        *anchors, hidden, weight, bias, unit = ctx.saved_tensors
         results: list[Tensor | None] = []
-        for gradient, want in zip((hidden, weight, bias), ctx.wanted, strict=True):
+        with torch.no_grad():
+            factor = grad * unit if unit.numel() else grad
+        for gradient, want, dtype in zip((hidden, weight, bias), ctx.wanted, ctx.dtypes, strict=True):
             if not want:
                 results.append(None)
                 continue
             with torch.no_grad():
-                gradient = gradient.detach()
-                library.call("scale_", gradient, grad)
+                gradient = _handed_on(gradient.detach(), factor, dtype)
             results.append(first_order_only(gradient, *anchors, grad))
         return *results, *nothing
 
 
-def _sequence_means(batch: tuple[Any, ...], gradient: Tensor, weight_N: Tensor) -> Tensor:
-    """``(S, H)``: the hidden gradient summed over each sequence, and its weight in the loss taken out.
+def _handed_on(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient * factor``, in its own memory where it stays in its dtype."""
+    if gradient.dtype is not dtype:
+        return rounded(gradient, factor, dtype)
+    library.call("scale_", gradient, factor)
+    return gradient
+
+
+def _sequence_means(batch: tuple[Any, ...], gradient: Tensor, weight_N: Tensor, unit: Tensor) -> Tensor:
+    """``(S, H)``: the hidden gradient, in ``unit``, summed over each sequence, and its weight in the loss taken out.
 
     The weight of a token is the same all over its sequence, so that the sum over it is its mean loss's share. A branch
     that mu leaves no weight has no gradient to learn from: nan, which the controller counts and leaves out.
@@ -130,6 +147,8 @@ def _sequence_means(batch: tuple[Any, ...], gradient: Tensor, weight_N: Tensor) 
 
         sums_SH, of_token_S2 = summed(rows_NH), summed(torch.stack((weight_N, mask.view(-1).to(weight_N.dtype)), 1))
         weight_S, live_S = of_token_S2[:, 0], of_token_S2[:, 1] > 0
+    if unit.numel():
+        sums_SH = sums_SH * unit
     return torch.where(live_S[:, None], sums_SH / weight_S[:, None], 0.0)
 
 
@@ -206,7 +225,7 @@ def hybrid_loss_from_hidden(
 
     plain, head = told(CALL, tp_group, weight, check_call)
     base, plan = told(ROWS, tp_group, weight, check_rows)
-    spread = _Spread(chunk_of(chunk_tokens, batch.targets.numel(), head), head.shard)
+    spread = _Spread(chunk_of(chunk_tokens, batch.targets.numel(), head), head.shard, head.dtype)
     loss, scalars, signals, logprobs, entropy, means = _HiddenLoss.apply(
         as_rows(head.hidden), head.weight, head.bias, anchor_of(head.hidden), anchor_of(head.weight), base, plan, spread
     )
@@ -221,13 +240,13 @@ class _HiddenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kind: Tensor,
-        temperature: Tensor | None, chunk: int, static: tuple[float, ...], shard: VocabularyShard | None,
+        temperature: Tensor | None, spread: _Spread, static: tuple[float, ...],
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        none = (None, None, None, None)
+        given, none = (*spread.cast(hidden, weight, bias), targets, kind, temperature), (None, None, None, None)
         logprobs, entropy, sum_sq, normalizer, _ = _run(
-            "linear_statistics", shard, hidden, weight, bias, targets, kind, temperature, *none, chunk, *static
+            "linear_statistics", spread.shard, *given, *none, spread.chunk, *static
         )
-        ctx.chunk, ctx.static, ctx.shard = chunk, static, shard
+        ctx.spread, ctx.static = spread, static
         ctx.save_for_backward(hidden, weight, bias, targets, kind, temperature, normalizer, entropy)
         ctx.mark_non_differentiable(sum_sq)
         ctx.set_materialize_grads(False)
@@ -236,16 +255,19 @@ class _HiddenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor | None, entropy_slope: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, kind, temperature, normalizer, entropy = ctx.saved_tensors
-        rest = (None,) * 6
+        rest, spread = (None,) * 5, ctx.spread
         if slope is None and entropy_slope is None:
             return None, None, None, *rest
         wanted = tuple(ctx.needs_input_grad[:3])
         with torch.no_grad():
-            gradients = _run(
-                "linear_gradient", ctx.shard, hidden, weight, bias, targets, kind, temperature, None, None, None, None,
-                normalizer, entropy, torch.zeros_like(entropy) if slope is None else slope.contiguous(),
-                None if entropy_slope is None else entropy_slope.contiguous(), ctx.chunk, *wanted, *ctx.static,
+            *gradients, unit = _run(
+                "linear_gradient", spread.shard, *spread.cast(hidden, weight, bias), targets, kind, temperature,
+                *(None,) * 4, normalizer, entropy, torch.zeros_like(entropy) if slope is None else slope.contiguous(),
+                None if entropy_slope is None else entropy_slope.contiguous(), spread.chunk, *wanted, *ctx.static,
             )  # fmt: skip
+            if unit.numel():
+                own = (torch.float32 if value is None else value.dtype for value in (hidden, weight, bias))
+                gradients = [_handed_on(gradient, unit, dtype) for gradient, dtype in zip(gradients, own, strict=True)]
         anchors = [value for value in (hidden, weight, slope, entropy_slope) if value is not None]
         results = [
             first_order_only(gradient, *anchors) if want else None
@@ -305,7 +327,7 @@ def token_logprobs_from_hidden(
     results = _HiddenLogprobs.apply(
         as_rows(head.hidden), head.weight, head.bias, targets.reshape(-1).contiguous(),
         live.reshape(-1).to(torch.uint8), row_temperature(plain, targets, dtype),
-        chunk_of(chunk_tokens, targets.numel(), head), encode_rows(plain, None), head.shard,
+        _Spread(chunk_of(chunk_tokens, targets.numel(), head), head.shard, head.dtype), encode_rows(plain, None),
     )  # fmt: skip
     named = dict(zip(OUTPUTS, (value.view(targets.shape) for value in results), strict=True))
     return TokenLogprobs(**{name: named[name] if name in outputs else None for name in OUTPUTS})

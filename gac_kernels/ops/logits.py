@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .. import library
 from ..objectives import GIFT, HybridObjective, LogitTransform
+from ..overlap import overlap, refuse_leaf, refuse_shared
 from ..schemas import encode_rows
 from ..types import Denominators, HybridLoss, TokenBatch, TokenLogprobs
 from . import inputs
+from .late import LateGradientLoss
 from .once import first_order_only, scaled
 from .plan import LossPlan
 from .rows import (
@@ -121,8 +123,8 @@ def hybrid_loss_from_logits(
         transform: logit scale, soft cap and temperature, a number or one a sequence. The gradient goes back through
             it. It is not applied to ``batch.base_logits``.
         inplace: write the gradient over the logits: no extra memory. Their values are lost; anything else that saved
-            them for its own backward raises. One backward only. Under torch.compile, which plans memory
-            itself, the gradient is a new tensor.
+            them for its own backward raises. One backward only. Of float16 logits it is written in backward, and they
+            keep their values until then. Under torch.compile, which plans memory itself, the gradient is a new tensor.
         denominators: global counts, for gradient accumulation and data parallelism.
 
     Returns:
@@ -132,8 +134,9 @@ def hybrid_loss_from_logits(
         TypeError, ValueError: naming the argument, what was expected and what came; also for a live target outside
             ``[0, V)`` where reading it costs no device sync, else that row's results are nan.
 
-    With float16 logits the gradient is rounded before a loss scale reaches it and what lies under 6e-8 is lost:
-    prefer bfloat16.
+    The gradient of float16 logits is made in backward, where the loss scale is known, in float32, and rounded once: the
+    logits are kept until then in place of the gradient, and read twice. All other logits are read once, and an upstream
+    gradient that is not 1 (``loss / steps``) costs one more read and write of their gradient: give ``denominators``.
     """
     inputs.check_objective(objective, batch)
     check_logits("logits", logits, batch.targets)
@@ -156,12 +159,37 @@ def hybrid_loss_from_logits(
     rows = as_rows(logits)
     if inplace:
         check_writable(logits, rows)
+        _refuse_shared(logits, batch, base_logits, mu, transform, denominators)
+        refuse_leaf(logits)
     plan = LossPlan.of(logits, batch, objective, mu, transform, gift, denominators)
-    loss, scalars, signals, logprobs, entropy = _LogitsLoss.apply(rows, anchor_of(logits), base_logits, plan, inplace)
+    rows = rows if torch.is_grad_enabled() else rows.detach()  # or a gradient is made for it, and in its place
+    if rows.dtype is torch.float16 and rows.requires_grad:
+        results = LateGradientLoss.apply(rows, base_logits, plan, inplace)
+    else:
+        results = _LogitsLoss.apply(rows, anchor_of(logits), base_logits, plan, inplace)
+    loss, scalars, signals, logprobs, entropy = results
     shape = batch.targets.shape
     return assemble(
         loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, plan.norm_length
     )
+
+
+def _refuse_shared(
+    logits: Tensor, batch: TokenBatch, base_logits: Tensor | None, mu: float | Tensor, transform: LogitTransform,
+    denominators: Denominators | None,
+) -> None:  # fmt: skip
+    """Nothing that the loss reads may lie where its gradient is written."""
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return  # nothing is written
+    counts = () if denominators is None else (denominators.policy, denominators.supervised)
+    refuse_shared(
+        logits, batch__base_logits=base_logits, batch__old_logprobs=batch.old_logprobs,
+        batch__ref_logprobs=batch.ref_logprobs, batch__rollout_weights=batch.rollout_weights,
+        batch__advantages=batch.advantages, batch__targets=batch.targets, batch__mask=batch.mask,
+        batch__is_expert=batch.is_expert, batch__cu_seqlens=batch.cu_seqlens, batch__groups=batch.groups, mu=mu,
+        transform__temperature=transform.temperature,
+        **{f"denominators__{name}": count for name, count in zip(("policy", "supervised"), counts, strict=False)},
+    )  # fmt: skip
 
 
 def checked_transform(transform: LogitTransform | None) -> LogitTransform:
@@ -211,6 +239,11 @@ class _TokenLogprobs(torch.autograd.Function):
             )
         logits, targets, kind, temperature, normalizer, entropy = ctx.saved_tensors
         with torch.no_grad():
+            if ctx.inplace:  # upstream gradients are the user's, and may lie where this one is written
+                slope, entropy_slope = (
+                    value if value is None or not overlap(logits, value) else value.clone()
+                    for value in (slope, entropy_slope)
+                )
             rows = (
                 logits, targets, kind, temperature, None, normalizer, entropy,
                 torch.zeros_like(entropy) if slope is None else slope.contiguous(),
@@ -269,6 +302,9 @@ def token_logprobs(
     rows = as_rows(logits)
     if inplace:
         check_writable(logits, rows)
+        if logits.requires_grad and torch.is_grad_enabled():
+            refuse_shared(logits, targets=targets, mask=mask, transform__temperature=transform.temperature)
+            refuse_leaf(logits)
     results = _TokenLogprobs.apply(
         rows, targets.reshape(-1).contiguous(), live.reshape(-1).to(torch.uint8),
         row_temperature(transform, targets, dtype), inplace, encode_rows(transform, None),

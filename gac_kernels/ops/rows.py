@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import LogitTransform
+from ..overlap import overlaps_itself
 from ..tensors import FLOATS, INTS, NUMBERS, check_mask, looks_free, plain_tensor, shape_text
 from ..types import IGNORE_INDEX, TokenBatch, rising_offsets
 
@@ -73,7 +74,6 @@ def in_arithmetic_of(base: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_writable(logits: Tensor, rows: Tensor) -> None:
     """In place: ``rows`` is a view of ``logits``, and no two rows share memory."""
-    (a, b, V), (stride_a, stride_b, _) = rows.shape, rows.stride()
     if rows.numel() == 0:
         return
     if rows.data_ptr() != logits.data_ptr():
@@ -81,13 +81,7 @@ def check_writable(logits: Tensor, rows: Tensor) -> None:
             f"logits must have neighbouring columns and at most two independent row strides to be overwritten with "
             f"inplace=True, got strides {tuple(logits.stride())} for shape {tuple(logits.shape)}"
         )
-    (inner, count), (outer, _) = sorted(((stride_a, a), (stride_b, b)))
-    if a == 1 or b == 1:
-        inner, count, outer = (stride_b, b, V) if a == 1 else (stride_a, a, V)
-        overlap = count > 1 and inner < V
-    else:
-        overlap = inner < V or outer < (count - 1) * inner + V
-    if overlap:
+    if overlaps_itself(rows):
         raise ValueError(
             f"logits must not overlap themselves to be overwritten with inplace=True, got strides "
             f"{tuple(logits.stride())} for shape {tuple(logits.shape)}"

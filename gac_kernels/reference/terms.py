@@ -53,7 +53,7 @@ class Segments:
         if self.ids_N is None:
             return value_N.view(self.count, self.length).sum(-1)
         if self.count == 0:
-            return value_N.new_zeros(0)
+            return value_N[:0]  # in its graph
         return value_N.new_zeros(self.count).index_add(0, self.ids_N, value_N)
 
     def expand(self, value_S: Tensor) -> Tensor:
