@@ -47,8 +47,8 @@ MUTATIONS = {
         f"{REFERENCE}/controller.py", "(alpha * delta2 + sigma_r2) /", "(alpha * delta2 + sigma_s2) /", RULE
     ),
     "nan is taken in": Mutation(
-        f"{REFERENCE}/controller.py", "present & (values < LARGEST_SIGNAL)", "present & ~(values > LARGEST_SIGNAL)",
-        RULE,
+        f"{REFERENCE}/controller.py", "present & (values >= 0) & (values < LARGEST_SIGNAL)",
+        "present & ~(values < 0) & ~(values >= LARGEST_SIGNAL)", RULE,
     ),
     "the first value is smoothed": Mutation(
         f"{REFERENCE}/controller.py", "state.measured * config.ema_beta", "config.ema_beta", RULE
@@ -69,8 +69,8 @@ MUTATIONS = {
         "gac_kernels/controller.py", "self._step += 1\n        self._observed = []\n", "self._step += 1\n", RULE
     ),
     "a loaded step is forgotten": Mutation(
-        "gac_kernels/controller.py", "self._step, self._observed = step, []", "self._observed = []",
-        ("tests/test_controller_contract.py",),
+        "gac_kernels/controller.py", "self._step, self._observed, self._begun = step, [], ",
+        "self._observed, self._begun = [], ", ("tests/test_controller_contract.py",),
     ),
     # Signals
     "trimmed at one end": Mutation(
@@ -246,19 +246,24 @@ MUTATIONS = {
         "(top_RN - top_N) + log_sum_RN", ("tests/test_vocabulary_parallel.py", "-k", "without_mass"), 24,
     ),
     "a rank without signals is an error": Mutation(
-        "gac_kernels/distributed.py", "[header for header in headers if header[0] >= 0]", "headers",
+        "gac_kernels/distributed.py", "[header for header in table if header[0] >= 0]", "table",
         ("tests/test_controller_distributed.py", "-k", "ranks_equal_one_process"), 25,
     ),
     "ranks with other settings are not told": Mutation(
-        "gac_kernels/controller.py", "tag = (self._step, self._fingerprint)", "tag = (0, 0)",
+        "gac_kernels/controller.py", "zlib.crc32(config.encode())", "0",
         ("tests/test_controller_distributed.py", "-k", "disagreements"), 26,
+    ),
+    "ranks that hold the same rows count as samples": Mutation(
+        "gac_kernels/distributed.py", "rows = rows if first == rank else 0", "rows = rows + 0",
+        ("tests/test_ranks_agree.py", "-k", "count_once"), 26,
     ),
     # csrc/math
     "C++: mu* without sigma_r": Mutation(
         f"{MATH}/controller.h", "(to[kAlpha] * distance + to[kSignals + 1]) /", "(to[kAlpha] * distance) /", RULE
     ),
     "C++: nan is taken in": Mutation(
-        f"{MATH}/controller.h", "if (!(seen.value[i] < kLargestSignal))", "if (seen.value[i] > kLargestSignal)", RULE
+        f"{MATH}/controller.h", "if (!(seen.value[i] >= 0 && seen.value[i] < kLargestSignal))",
+        "if (seen.value[i] < 0 || seen.value[i] >= kLargestSignal)", RULE
     ),
     "C++: mu is not capped": Mutation(
         f"{MATH}/controller.h", "within(-c.change_cap, target - mu, c.change_cap)", "(target - mu)", RULE

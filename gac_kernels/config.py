@@ -154,7 +154,7 @@ class ControllerConfig:
         _set_real(self, "trim", 0.0, 0.5, open_high=True)
         if not isinstance(self.alpha, KLTarget):
             _set_real(self, "alpha", 0.0, 1.0)
-        if not isinstance(self.prior, (CosinePrior, ConstantPrior, type(None))):
+        if type(self.prior) not in (CosinePrior, ConstantPrior, type(None)):  # the device knows no subclass's value()
             raise TypeError(f"ControllerConfig.prior must be CosinePrior, ConstantPrior or None, got {self.prior!r}")
         if self.disagreement_cap is not None:
             _set_real(self, "disagreement_cap", 0.0, math.inf, open_low=True, open_high=True)

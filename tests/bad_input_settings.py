@@ -221,7 +221,7 @@ CONTROLLER = [
     *table("GuidedAdaptiveController", load,
            ("empty", {"alpha": ...}, ValueError, "state_dict", "alpha"),
            ("contradictory", {"nu": 1}, ValueError, "state_dict", "nu"),
-           ("range", {"version": 2}, ValueError, "version", "2"),
+           ("range", {"version": 3}, ValueError, "version", "3"),
            ("type", {"config": None}, TypeError, "config", "NoneType"),
            ("contradictory", {"config": gk.ControllerConfig(blend=0.25).as_dict()}, ValueError, "config", "0.25"),
            ("type", {"step": 1.0}, ValueError, "step", "1.0"),

@@ -233,6 +233,11 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(match, changes
         (ValueError, "alpha .* -0.1", lambda: gk.ControllerConfig(alpha=-0.1)),
         (TypeError, "alpha .* None", lambda: gk.ControllerConfig(alpha=None)),
         (TypeError, "prior .* 0.5", lambda: gk.ControllerConfig(prior=0.5)),
+        (
+            TypeError,
+            "prior must be .* got Own",
+            lambda: gk.ControllerConfig(prior=type("Own", (gk.ConstantPrior,), {})(0.5)),
+        ),
         (ValueError, "disagreement_cap .* 0", lambda: gk.ControllerConfig(disagreement_cap=0.0)),
         (TypeError, "znorm .* 1", lambda: gk.ControllerConfig(znorm=1)),
         (ValueError, "target .* 0", lambda: gk.KLTarget(target=0.0)),
