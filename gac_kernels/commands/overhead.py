@@ -105,7 +105,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _measure(args: argparse.Namespace, device: str, console: Console) -> tuple[Overhead, Shape]:
     from ..bench.measure import Contestant, device_name, measure
-    from .workloads import Workload, defaults, load_model, random_batch
+    from .workloads import Workload, check_fits, defaults, load_model, random_batch
 
     shape, update_every = defaults(args.model)
     update_every = args.update_every or update_every
@@ -118,7 +118,7 @@ def _measure(args: argparse.Namespace, device: str, console: Console) -> tuple[O
     shape = type(shape)(**(asdict(shape) | {name: value for name, value in given.items() if value is not None}))
     with console.progress("overhead") as progress:
         model = load_model(args.model, args.seed, device)
-        vocabulary = model.get_output_embeddings().out_features
+        vocabulary = check_fits(model, shape)
         workload = Workload(model, *random_batch(shape, vocabulary, args.seed, device), min(update_every, 2))
         timings = measure(
             [

@@ -20,7 +20,7 @@ from ..objectives import HybridObjective
 from ..ops import hybrid_loss_from_logits, signals_from_logprobs, token_logprobs
 from ..signals import Signals
 from ..train.config import TrainConfig
-from ..train.model import build_model
+from ..train.model import build_model, positions_of
 from ..train.model import load_model as load_local_model
 from ..train.tasks import build_task
 from ..types import TokenBatch
@@ -70,6 +70,19 @@ def load_model(name: str, seed: int, device: str) -> PreTrainedModel:
     if not Path(name).is_dir():
         raise ValueError(f"--model must be tiny, {QWEN2_HEAD} or a local model directory, got {name!r}")
     return _placed(load_local_model(Path(name), torch.float32), device)
+
+
+def check_fits(model: PreTrainedModel, shape: Shape) -> int:
+    """The size of the vocabulary; raises ValueError where the model has no head, or cannot hold such a sequence."""
+    head, positions = model.get_output_embeddings(), positions_of(model)
+    if head is None:
+        raise ValueError(f"--model: {type(model).__name__} has no head whose logits could be read")
+    if positions is not None and shape.prompt + shape.response > positions:
+        raise ValueError(
+            f"--prompt and --response must fit the model's {positions} positions together, got {shape.prompt} and "
+            f"{shape.response}"
+        )
+    return int(head.weight.shape[0])
 
 
 def _placed(model: PreTrainedModel, device: str) -> PreTrainedModel:

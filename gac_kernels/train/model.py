@@ -179,11 +179,12 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return sorted({tokenizer.eos_token_id, *own})
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model takes, as its config says; None where it says nothing."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def build_codec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Codec:
     """Text to the ids that this model reads and back, with the length that it takes."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Codec(
-        tokenizer,
-        stop_tokens(model, tokenizer),
-        positions if isinstance(positions, int) and positions > 0 else None,
-    )
+    return Codec(tokenizer, stop_tokens(model, tokenizer), positions_of(model))

@@ -296,3 +296,19 @@ def test_a_full_disk_names_the_directory(good, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"{tmp_path / 'out'}: .*No space left") as error:
         save_model(model, tokenizer, Path(tmp_path / "out"), model.state_dict())
     assert isinstance(error.value.__cause__, SafetensorError)
+
+
+def test_weights_in_several_files_are_read(directory):
+    model = tf.LlamaForCausalLM.from_pretrained(directory, local_files_only=True)
+    (directory / "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="4KB")
+    assert len(list(directory.glob("model-*.safetensors"))) > 1
+    want = model.state_dict()
+    assert all(value.equal(want[name]) for name, value in build(directory)[0].state_dict().items())
+
+
+def test_overhead_refuses_sequences_longer_than_the_model(directory, capsys):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8, "eos_token_id": 1, "bos_token_id": None}
+    other(tf.GPT2LMHeadModel, tf.GPT2Config, **sizes)(directory)
+    assert main(["overhead", "--seconds", "0", "--model", str(directory)]) == 2
+    assert "--prompt and --response must fit the model's 8 positions" in capsys.readouterr().err
