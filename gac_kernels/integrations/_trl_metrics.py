@@ -59,10 +59,10 @@ def of_micro_batch(
     def total(value: Tensor) -> tuple[Tensor, Tensor]:
         """One a token, or ``(B, 1)`` one a sequence: its sum and its count."""
         if value.shape[1] == 1 != length:
-            return value.sum(), mask.new_tensor(float(rollouts))
+            return value.sum(), mask.new_full((), rollouts)
         return torch.where(mask > 0, value, 0.0).sum(), mask.sum()
 
-    zero, absent = mask.new_zeros(()), mask.new_tensor(math.nan)
+    zero, absent = mask.new_zeros(()), mask.new_full((), math.nan)
     kl = (zero, zero)
     if trainer.beta != 0.0:
         kl = total(_kl(logp, inputs["ref_per_token_logps"], log_ratio, objective))
