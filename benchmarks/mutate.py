@@ -230,8 +230,8 @@ MUTATIONS = {
         ".expand(targets.shape).reshape(-1)", ("tests/test_edges.py", "-k", "one_temperature"), 11,
     ),
     "a sequence begins a token late": Mutation(
-        f"{REFERENCE}/terms.py", "torch.bucketize(position_N, batch.cu_seqlens[1:], right=True)",
-        "torch.bucketize(position_N, batch.cu_seqlens[1:])", ("tests/test_edges.py", "-k", "packed_sequence"), 22,
+        f"{REFERENCE}/terms.py", "torch.bucketize(position_N, offsets[1:], right=True)",
+        "torch.bucketize(position_N, offsets[1:])", ("tests/test_edges.py", "-k", "packed_sequence"), 22,
     ),
     "phi is differentiated": Mutation(
         f"{REFERENCE}/terms.py", "p_N = logp_N.detach().exp()\n    phi", "p_N = logp_N.exp()\n    phi",
