@@ -233,7 +233,9 @@ def _statistics_shard(
         own = library.call("row_statistics", logits, local, kind, temperature, None, *static)[:4]
     else:
         own = shard.no_statistics(len(targets), dtype, logits.device)
-    return shard.merge(targets, own)
+    scale, softcap, heat = static[:3]
+    transform = reference.RowTransform(scale, softcap, heat if temperature is None else temperature)
+    return shard.merge(targets, own, transform)
 
 
 @_as_written

@@ -107,11 +107,14 @@ def decode(
     )
 
 
-def encode_rows(transform: LogitTransform, gift: GIFT | None) -> tuple[float, float, float, float, float]:
-    """``scale, softcap, temperature_value, beta, smooth``; a temperature a sequence travels as a tensor instead."""
+def encode_rows(
+    transform: LogitTransform, gift: GIFT | None, columns: int = 0
+) -> tuple[float, float, float, float, float]:
+    """``scale, softcap, temperature_value, beta, smooth``; a temperature a sequence travels as a tensor instead.
+    ``columns`` of the base model's distribution are what GIFT's floor is spread over."""
     single = transform.temperature
     temperature = 1.0 if isinstance(single, Tensor) else float(single)
-    beta, smooth = (0.0, 0.0) if gift is None else (float(gift.beta), float(gift.smooth))
+    beta, smooth = (0.0, 0.0) if gift is None else (float(gift.beta), gift.smoothing(columns))
     return float(transform.scale), float(transform.softcap or 0.0), temperature, beta, smooth
 
 
@@ -149,7 +152,8 @@ _TOKEN_WEIGHTS = f"""(
 # nothing else.
 _ROWS = "Tensor targets, Tensor kind, Tensor? temperature, Tensor? base_logits"
 _STATIC = "float scale, float softcap, float temperature_value, float beta, float smooth"
-# normalizer (N, 2): max and log sum exp(z - max), 0 where not computed; with base_logits (N, 4), then the base row's.
+# normalizer (N, 2): the largest raw logit and log sum exp(z - z(largest)) >= 0, 0 where not computed; with base_logits
+# (N, 4), then the base row's. A raw logit is exact, where a z would be rounded, by hundreds for large ones.
 # supervised (N,): GIFT's loss of demonstrations, 0 elsewhere; (0,) without base_logits.
 _ROW_STATISTICS = f"""(Tensor logits, {_ROWS}, {_STATIC}
 ) -> (Tensor logprobs, Tensor entropy, Tensor sum_sq, Tensor normalizer, Tensor supervised)"""

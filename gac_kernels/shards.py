@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import reference
 from .distributed import all_gather, exchange, of_all_ranks, ranks_disagree
 from .schemas import ELSEWHERE
 
@@ -135,12 +136,15 @@ class VocabularyShard:
         zeros = torch.zeros(count, dtype=dtype, device=device)
         return zeros, zeros, zeros, torch.stack((zeros - torch.inf, zeros), 1)
 
-    def merge(self, targets: Tensor, statistics: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def merge(
+        self, targets: Tensor, statistics: tuple[Tensor, ...], transform: reference.RowTransform
+    ) -> tuple[Tensor, ...]:
         """``logprobs, entropy, sum_sq, normalizer`` of whole rows from those of this shard's columns, in one
         collective. All ranks get the same bits.
 
         With w_r = sum exp z over shard r / sum exp z over all: log p = log p_r + log w_r, the entropy is
-        sum_r w_r (H_r - log w_r), and sum p^2 is sum_r w_r^2 (sum p^2)_r.
+        sum_r w_r (H_r - log w_r), and sum p^2 is sum_r w_r^2 (sum p^2)_r. The largest w_r is e^0 over a sum that holds
+        it: no log-prob comes out above 0 and no entropy below.
         """
         logprobs, entropy, sum_sq, normalizer = statistics
         dtype, ours = logprobs.dtype, self.local(targets) != ELSEWHERE
@@ -150,12 +154,14 @@ class VocabularyShard:
         # A shard without columns, or with nothing but -inf, has no mass: its own statistics mean nothing.
         empty_RN = top_RN == -torch.inf
         top_N = top_RN.amax(0)
-        log_mass_RN = torch.where(empty_RN, -torch.inf, (top_RN - top_N) + log_sum_RN)
-        log_sum_N = log_mass_RN.logsumexp(0)
-        log_w_RN = log_mass_RN - log_sum_N
+        log_mass_RN = torch.where(empty_RN, -torch.inf, transform.fall(top_RN, top_N) + log_sum_RN)
+        most_N = log_mass_RN.amax(0)
+        relative_RN = log_mass_RN - most_N
+        rest_N = relative_RN.exp().sum(0).log()
+        log_sum_N, log_w_RN = most_N + rest_N, relative_RN - rest_N
         w_RN = log_w_RN.exp()
         entropy_N = torch.where(w_RN == 0, 0.0, w_RN * (entropy_RN - log_w_RN)).sum(0)
-        sum_sq_N = torch.where(w_RN == 0, 0.0, w_RN.square() * sum_sq_RN).sum(0)
+        sum_sq_N = torch.where(w_RN == 0, 0.0, w_RN.square() * sum_sq_RN).sum(0).clamp(max=1.0)
         logp_RN = torch.where(empty_RN, -torch.inf, logp_RN + log_w_RN)
         logp_N = torch.where(owner_RN > 0, logp_RN, 0.0).sum(0)
         lost_N = owner_RN.sum(0) != 1  # a target in no shard: what a target outside [0, V) is to one process

@@ -47,7 +47,7 @@ class RowCase:
 
     @property
     def static(self) -> tuple:
-        return schemas.encode_rows(self.transform, self.gift)
+        return schemas.encode_rows(self.transform, self.gift, self.V)
 
     def statistics(self, logits: Tensor | None = None) -> tuple[Tensor, ...]:
         return op("row_statistics", self.logits if logits is None else logits, *self.rows, *self.static)

@@ -49,7 +49,8 @@ class Case:
         self.ref = (self.logp.double() + spread * (rand(*shape) * 2 - 1)).to(dtype) if ref else None
         self.rollout = (0.5 + rand(*shape)).to(dtype) if rollout else None
         self.entropy = (3 * rand(*shape)).to(dtype) if entropy else None
-        self.sum_sq = rand(*shape).to(dtype) if sum_sq else None
+        p = self.logp.double().exp()  # of all others sum p^2 holds between nothing and (1 - p)^2
+        self.sum_sq = (p**2 + (1 - p) ** 2 * (0.05 + 0.9 * rand(*shape))).to(dtype) if sum_sq else None
         adv = torch.randn(*(shape if token_advantages else shape[:1]), generator=g, dtype=torch.float64).to(dtype)
         self.adv = adv
         self.mask = torch.arange(self.T)[None] < torch.tensor(self.lengths, dtype=torch.long)[:, None]

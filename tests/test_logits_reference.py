@@ -151,3 +151,59 @@ def test_gift_in_the_hybrid_loss():
     torch.testing.assert_close(out.policy_loss, plain.policy_loss)
     out.loss.backward()
     assert logits.grad[~case.mask].eq(0).all() and logits.grad[case.mask].ne(0).any()
+
+
+@pytest.mark.parametrize("smooth", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("floor", [1e-10, 1e-3])
+def test_gift_with_the_floor_of_its_published_code(every_backend, floor, smooth):
+    """zzy1127/GIFT (fsdp_gift_trainer.py) takes ``log(p0 + 1e-10)``, the paper ``log p0``: a token to which the
+    base model gives 7e-13 has q = 4.6 % at beta = 20, and 0.03 % by the paper. The paper's is the default; the floor is
+    an option, from logits and from hidden states."""
+    count, beta, g = 5, 20.0, torch.Generator().manual_seed(1)
+    base = 4.0 * torch.randn(1, count, V, generator=g, dtype=torch.float64)
+    targets = torch.randint(V, (1, count), generator=g)
+    base.scatter_(-1, targets[..., None], -28.0)
+    student = torch.randn(1, count, V, generator=g, dtype=torch.float64)
+    p0 = (1 - smooth) * base.softmax(-1) + smooth / V
+    z = torch.log(p0 + floor) + beta * torch.zeros_like(base).scatter_(-1, targets[..., None], 1.0)
+    q = z.softmax(-1)
+    for dtype, rtol in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        if dtype == torch.float64 and every_backend == "triton":
+            rtol = 1e-10
+        leaf = student.to(dtype, copy=True).requires_grad_()
+        objective = gk.HybridObjective(
+            supervised=gk.GIFT(beta, smooth, floor=floor), supervised_aggregation="token-mean"
+        )
+        batch = gk.TokenBatch.from_padded(
+            targets, torch.ones(1, count), is_expert_S=torch.ones(1, dtype=torch.bool), base_logits=base.to(dtype)
+        )
+        want = -(q * student.log_softmax(-1)).sum(-1).mean()
+        gradient = (student.softmax(-1) - q) / count
+        out = gk.hybrid_loss_from_logits(leaf, batch, objective, 1.0)
+        out.loss.backward()
+        torch.testing.assert_close(out.loss.double(), want, rtol=rtol, atol=0)
+        torch.testing.assert_close(leaf.grad.double(), gradient, rtol=10 * rtol, atol=1e-7 if rtol > 1e-9 else 1e-12)
+        hidden, weight = student.to(dtype, copy=True).requires_grad_(), torch.eye(V, dtype=dtype)
+        out = gk.hybrid_loss_from_hidden(hidden, weight, batch, objective, 1.0, chunk_tokens=2)
+        out.loss.backward()
+        torch.testing.assert_close(out.loss.double(), want, rtol=rtol, atol=0)
+        torch.testing.assert_close(hidden.grad.double(), gradient, rtol=10 * rtol, atol=1e-7 if rtol > 1e-9 else 1e-12)
+
+
+def test_the_papers_gift_has_no_floor():
+    """The published program's numbers: q of the target by either, and which is ours."""
+    base = torch.zeros(1, 1, 1000, dtype=torch.float64)
+    base[..., 0] = -28.0 + math.log(999)  # p0 of the target: 7e-13
+    batch = gk.TokenBatch.from_padded(
+        torch.zeros(1, 1, dtype=torch.long),
+        torch.ones(1, 1),
+        is_expert_S=torch.ones(1, dtype=torch.bool),
+        base_logits=base,
+    )
+    for floor, want in ((0.0, 3.35e-4), (1e-10, 0.0465)):
+        student = torch.zeros(1, 1, 1000, dtype=torch.float64, requires_grad=True)
+        objective = gk.HybridObjective(supervised=gk.GIFT(20.0, floor=floor))
+        gk.hybrid_loss_from_logits(student, batch, objective, 1.0).loss.backward()
+        assert math.isclose(0.001 - float(student.grad[0, 0, 0]), want, rel_tol=5e-3)
+    with pytest.raises(ValueError, match="floor"):
+        gk.GIFT(floor=-1e-10)

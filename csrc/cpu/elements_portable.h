@@ -97,8 +97,8 @@ GAC_INLINE float largest_lane(Vec v) {
 }
 GAC_INLINE double largest_lane(VecDouble v) { return v.v; }
 
-// e^d to about 1 ulp for -127 ln 2 <= d <= 0; 0 at -127 ln 2, where power_of_two is.
-GAC_INLINE Vec exp_floored(Vec d) { return exp_moderate(d); }
+// 2^(rate d) to about 1 ulp for -127 <= rate d <= 0: 1 at 0, 0 at -127.
+GAC_INLINE Vec exp2_floored(Vec d, Vec rate) { return exp2_moderate(d, rate); }
 
 // factor 2^t with a relative error below 8e-5, for gradients that are rounded to 16 bits; 0 for t below -126.5.
 struct ShortExp2 {

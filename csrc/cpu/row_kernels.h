@@ -127,8 +127,8 @@ private:
         } else {
             row.m = measure_row<V, E, Capped, false>(row.x, row.columns, row.transform, nullptr, nullptr);
         }
-        const V raw(row.target_raw);
-        if (row.target >= 0) row.target_logp = first_lane(row.transform.above(raw, V(row.m.top))) - row.m.log_sum;
+        const Transform<V, Capped>& f = row.transform;
+        if (row.target >= 0) row.target_logp = f.k * f.fall(row.target_raw, row.m.top) - row.m.log_sum;
         if (gift) row.gift = gift_of(c, row, task == kGradient ? c.given_normalizer + 4 * n + 2 : nullptr);
         if constexpr (task != kGradient) {
             c.logprobs[n] = static_cast<T>(row.target_logp);
@@ -166,7 +166,7 @@ private:
         bool written = false;
         if constexpr (!Capped) {
             if (store) {
-                gradient_of_stored<V, E>(row.out, row.columns, coefficient, row.m, row.block_top);
+                gradient_of_stored<V, E>(row.out, row.columns, coefficient, row.m, row.transform.k, row.block_top);
                 written = true;
             } else if (sizeof(Stored) == 2 && !bonus && !gift) {
                 if constexpr (sizeof(Stored) == 2)
@@ -181,7 +181,7 @@ private:
         const double own = gift ? row.gift.target - p : away;
         const double log_p = row.target_logp > -1e30 ? row.target_logp : 0;
         const double value = slopes.logp * own - slopes.entropy * (p * (log_p + row.m.entropy));
-        put(row.out, row.target, value * first_lane(row.transform.at(V(row.target_raw), V(0)).derivative));
+        put(row.out, row.target, value * row.transform.derivative(row.target_raw));
     }
 
     // Any gradient: soft cap, entropy bonus, GIFT.
@@ -189,8 +189,10 @@ private:
     static __attribute__((noinline)) void general(const Call& c, const Row<Capped>& row, Slopes slopes) {
         constexpr int K = E::Vectors;
         const Transform<V, Capped> f = row.transform;
-        const V origin(row.m.top), log_sum(row.m.log_sum), entropy(row.m.entropy), slope(slopes.logp),
-            bonus(slopes.entropy), factor(slopes.logp * row.gift.inverse);
+        const Exponential<V> exponential(f.k), natural(1);
+        const auto origin = f.from(row.m.top);
+        const V k_V(f.k), less(-row.m.log_sum), entropy(row.m.entropy), slope(slopes.logp), bonus(slopes.entropy),
+            factor(slopes.logp * row.gift.inverse);
         for (int64_t block = (row.columns - 1) / kBlock<E>; block >= 0; --block) {
             const int64_t begin = block * kBlock<E>;
             const int64_t end = begin + kBlock<E> < row.columns ? begin + kBlock<E> : row.columns;
@@ -202,8 +204,8 @@ private:
                     if constexpr (WithGift) place<E>(row.base_block + (i - begin), q);
                     for (int k = 0; k < K; ++k) {
                         const auto z = f.at(v[k], origin);
-                        const V log_p = Exponential<V>::floor(z.above) - log_sum;
-                        const V p = Exponential<V>::at(Exponential<V>::floor(log_p));
+                        const V log_p = fma(exponential.floor(z.fall), k_V, less);
+                        const V p = natural.at(natural.floor(log_p));
                         V g = -p * (slope + bonus * (log_p + entropy));
                         if constexpr (WithGift) g = fma(factor, q[k], g);
                         v[k] = g * z.derivative;
@@ -218,7 +220,8 @@ private:
     static __attribute__((noinline)) double cross_entropy(const Call& c, const Row<Capped>& row) {
         constexpr int K = E::Vectors, L = V::Lanes;
         const Transform<V, Capped> f = row.transform;
-        const V origin(row.m.top), log_sum(row.m.log_sum);
+        const auto origin = f.from(row.m.top);
+        const V k_V(f.k), less(-row.m.log_sum);
         double lanes[L] = {}, total = 0;
         for (int64_t begin = 0; begin < row.columns; begin += kBlock<E>) {
             const int64_t end = begin + kBlock<E> < row.columns ? begin + kBlock<E> : row.columns;
@@ -233,7 +236,7 @@ private:
                         E::load(from, v);
                         place<E>(row.base_block + (i - begin), q);
                         for (int k = 0; k < K; ++k)
-                            sum[k] = sum[k] + select(q[k] > V(0), q[k] * (f.above(v[k], origin) - log_sum), V(0));
+                            sum[k] = sum[k] + select(q[k] > V(0), q[k] * fma(f.fall(v[k], origin), k_V, less), V(0));
                     });
                 for (int k = 0; k < K; ++k) sum[k].add_to(lanes);
             }
@@ -249,11 +252,12 @@ private:
         const int64_t padded = (end - begin + V::Lanes - 1) / V::Lanes * V::Lanes;
         T* const to = row.base_block;
         widen(c, row.n, begin, end, to);
+        const Exponential<V> natural(1);
         const V top(row.gift.top), log_sum(row.gift.log_sum), keep(row.gift.keep), uniform(row.gift.uniform);
         for (int64_t i = end - begin; i < padded; ++i) to[i] = static_cast<T>(-__builtin_huge_val());
         for (int64_t i = 0; i < padded; i += V::Lanes) {
-            const V log_p = Exponential<V>::floor((V::load(to + i) - top) - log_sum);
-            fma(keep, Exponential<V>::at(log_p), uniform).store(to + i);
+            const V log_p = natural.floor((V::load(to + i) - top) - log_sum);
+            fma(keep, natural.at(log_p), uniform).store(to + i);
         }
         for (int64_t i = end - begin; i < kBlock<E> && i < end - begin + E::Group; ++i) to[i] = 0;
     }

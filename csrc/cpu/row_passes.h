@@ -6,60 +6,13 @@
 // alone, and nothing on threads, neighbours or strides.
 #pragma once
 
-#include "../math/rows.h"
-#include "../rows.h"
+#include "row_transform.h"
 
 namespace GAC_NAMESPACE {
 
 // Columns of a block.
 template <class E>
 constexpr int64_t kBlock = gac::kBlockBytes / sizeof(typename E::Stored);
-
-// e^d for d <= 0, exactly 0 where d is below the range of T; nan stays.
-template <class V>
-struct Exponential {
-    static constexpr double kLowest = sizeof(typename V::Scalar) == 8 ? -745.2 : -88.0296919311;  // -127 ln 2
-
-    static GAC_INLINE V floor(V d) { return greater(V(kLowest), d); }  // finite, so that 0 times it is 0
-    static GAC_INLINE V at(V floored) {
-        if constexpr (sizeof(typename V::Scalar) == 8) {
-            return exp(floored);
-        } else {
-            return exp_floored(floored);
-        }
-    }
-};
-
-template <class V>
-GAC_INLINE double first_lane(V v) {
-    typename V::Scalar lane[V::Lanes];
-    v.store(lane);
-    return static_cast<double>(lane[0]);
-}
-
-// z = factor * raw, or factor * tanh(inner * raw) with a soft cap, and dz / draw.
-template <class V, bool Capped>
-struct Transform {
-    V factor, inner;
-    double slope;  // dz / draw at tanh' = 1
-
-    Transform(double scale, double softcap, double temperature)
-        : factor((Capped ? softcap : scale) / temperature), inner(Capped ? scale / softcap : 0),
-          slope(Capped ? scale / temperature : first_lane(factor)) {}
-
-    struct Point {
-        V above, derivative;  // z - origin and dz / draw
-    };
-    GAC_INLINE Point at(V raw, V origin) const {
-        if constexpr (Capped) {
-            const Tanh<V> t = tanh(raw * inner);
-            return {fma(t.value, factor, -origin), V(slope) * t.slope};
-        } else {
-            return {fma(raw, factor, -origin), V(slope)};
-        }
-    }
-    GAC_INLINE V above(V raw, V origin) const { return at(raw, origin).above; }
-};
 
 // Additions to one lane in float32: equal terms, whose rounding errors do not cancel, cost 2e-7 of their sum.
 constexpr int64_t kRunGroups = 32;
@@ -130,8 +83,9 @@ GAC_INLINE typename V::Scalar largest_of(const typename E::Stored* x, int64_t be
     return largest_lane(all);
 }
 
-// Maximum, log of the sum of exponentials, entropy and sum of p^2 of a row. `Store`: also leaves e^(z - block_top) in
-// `out`, which may be the row itself, for gradient_of_stored.
+// Maximum, log of the sum of exponentials, entropy and sum of p^2 of a row. `Store`: also leaves e^(z - z(block_top)) in
+// `out`, which may be the row itself, for gradient_of_stored. The top itself adds exactly 1 to the sum, and nothing adds
+// more to the sum of squares than to the sum: log_sum >= 0 and 0 <= sum p^2 <= 1, rounded too.
 template <class V, class E, bool Capped, bool Store>
 __attribute__((noinline)) Moments measure_row(
     const typename E::Stored* x, int64_t columns, const Transform<V, Capped>& transform, typename E::Stored* out,
@@ -140,23 +94,24 @@ __attribute__((noinline)) Moments measure_row(
     constexpr double kInfinity = __builtin_huge_val();
     constexpr int K = E::Vectors, L = V::Lanes;
     const Transform<V, Capped> f = transform;
-    double sum[L] = {}, square[L] = {}, moment[L] = {};  // of e, e^2 and e (z - top)
+    const Exponential<V> exponential(f.k);
+    double sum[L] = {}, square[L] = {}, moment[L] = {};  // of e, e^2 and e (x - x(top))
     double top = -kInfinity;
     for (int64_t begin = 0, block = 0; begin < columns; begin += kBlock<E>, ++block) {
         const int64_t end = begin + kBlock<E> < columns ? begin + kBlock<E> : columns;
         const T highest = largest_of<V, E>(x, begin, end);
-        const double rise = first_lane(f.above(V(static_cast<double>(highest)), V(0)));  // the transform is increasing
+        const double rise = f.finite(static_cast<double>(highest));  // the transform is increasing
         if (rise > top) {
-            const double shrink = __builtin_exp(top - rise);
+            const double fall = f.fall(top, rise), shrink = __builtin_exp(f.k * fall);
             for (int l = 0; l < L && top > -kInfinity; ++l) {
-                moment[l] = shrink * (moment[l] + (top - rise) * sum[l]);
+                moment[l] = shrink * (moment[l] + fall * sum[l]);
                 sum[l] *= shrink;
                 square[l] *= shrink * shrink;
             }
             top = rise;
         }
         if (Store) block_top[block] = static_cast<T>(top);
-        const V origin(top > -kInfinity ? top : 0.0);  // a block of -infinities alone: all exponentials are 0
+        const auto origin = f.from(top > -kInfinity ? top : 0.0);  // a block of -infinities alone: all exponentials are 0
         for (int64_t run = begin; run < end; run += kRunGroups * E::Group) {
             V s[K], s2[K], sd[K];
             for (int k = 0; k < K; ++k) s[k] = s2[k] = sd[k] = V(0);
@@ -165,8 +120,8 @@ __attribute__((noinline)) Moments measure_row(
                 E::load(from, v);
                 prefetch<E>(x, i + kBlock<E>);
                 for (int k = 0; k < K; ++k) {
-                    const V d = Exponential<V>::floor(f.above(v[k], origin));
-                    v[k] = Exponential<V>::at(d);
+                    const V d = exponential.floor(f.fall(v[k], origin));
+                    v[k] = exponential.at(d);
                     if (Capped && size < E::Group) {  // the cap has made -infinity finite
                         V in[K];
                         inside<E>(size, in);
@@ -199,19 +154,19 @@ __attribute__((noinline)) Moments measure_row(
     const double log_sum = __builtin_log(total);
     // Of a row without a finite logit, or with a nan, everything is nan.
     if (!(top > -kInfinity)) return {top, __builtin_nan(""), __builtin_nan(""), __builtin_nan("")};
-    const double entropy = log_sum - moments / total;
+    const double entropy = log_sum - f.k * (moments / total);
     return {top, log_sum, entropy > 0 || entropy != entropy ? entropy : 0, squares / (total * total)};
 }
 
 // The gradient from exponentials that measure_row left in `x`: -slope p.
 template <class V, class E>
 __attribute__((noinline)) void gradient_of_stored(
-    typename E::Stored* x, int64_t columns, double coefficient, const Moments& m, const typename V::Scalar* block_top) {
+    typename E::Stored* x, int64_t columns, double coefficient, const Moments& m, double k, const typename V::Scalar* block_top) {
     constexpr int K = E::Vectors;
     for (int64_t block = (columns - 1) / kBlock<E>; block >= 0; --block) {  // backwards, to meet the cache
         const int64_t begin = block * kBlock<E>;
         const int64_t end = begin + kBlock<E> < columns ? begin + kBlock<E> : columns;
-        const double shift = static_cast<double>(block_top[block]) - m.top - m.log_sum;
+        const double shift = k * (static_cast<double>(block_top[block]) - m.top) - m.log_sum;
         const V factor(coefficient * __builtin_exp(shift));
         for_each_group<E>(x, x, begin, end, [&](auto* from, auto* to, int64_t, int) __attribute__((always_inline)) {
             V v[K];
@@ -228,14 +183,12 @@ __attribute__((noinline)) void short_gradient(
     const typename E::Stored* x, typename E::Stored* out, int64_t columns, double coefficient, const Moments& m,
     const Transform<V, false>& transform) {
     constexpr int K = E::Vectors;
-    constexpr double kLog2e = 1.4426950408889634;
-    const Transform<V, false> f = transform;
-    const V origin(m.top), log2e(kLog2e), shift(-m.log_sum * kLog2e);
+    const V origin(m.top), rate(transform.k * Exponential<V>::kUnit), shift(-m.log_sum * Exponential<V>::kUnit);
     const ShortExp2 scaled_exp2(coefficient);
     const auto group = [&](const auto* from, auto* to) __attribute__((always_inline)) {
         V v[K];
         E::load(from, v);
-        for (int k = 0; k < K; ++k) v[k] = scaled_exp2(fma(f.above(v[k], origin), log2e, shift));
+        for (int k = 0; k < K; ++k) v[k] = scaled_exp2(fma(v[k] - origin, rate, shift));
         E::store(to, v);
     };
     int64_t whole = columns - columns % E::Group;

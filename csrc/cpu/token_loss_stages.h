@@ -21,10 +21,10 @@ GAC_INLINE V advantage_of(const Streams<typename V::Scalar>& at, int64_t i, type
     return at.advantage ? V::load(at.advantage + i, live) : of_sequence;
 }
 
-// squared_norm of a token, 0 where masked.
+// ||1_y - p||^2; 0 where masked.
 template <class V>
-GAC_INLINE V norm_of(const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, V p) {
-    return select(live, squared_norm(p, V::load(at.sum_sq + i)), V(0));
+GAC_INLINE V live_norm(const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, V logp) {
+    return select(live, squared_norm(logp, V::load(at.sum_sq + i)), V(0));
 }
 
 template <class T>
@@ -53,8 +53,7 @@ void evaluate_expert(const TokenLoss<typename V::Scalar>& p, int64_t s) {
         [=](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
             const auto live = V::live(at.mask + i);
             const V logp = V::load(at.logp + i, live);
-            const V p1 = Phi || at.sum_sq ? exp(logp) : V(0);
-            const V cs = Phi ? phi_slope(p1) : select(live, V(-1), V(0));  // phi is 0 where logp = 0
+            const V cs = Phi ? phi_slope(exp(logp)) : select(live, V(-1), V(0));  // phi is 0 where logp = 0
             logp.store(at.logp_out + i);
             (scale * cs).store(at.slope + i);
             if (at.entropy_slope) V(0).store(at.entropy_slope + i);
@@ -66,7 +65,7 @@ void evaluate_expert(const TokenLoss<typename V::Scalar>& p, int64_t s) {
             sum[Logp] = sum[Logp] + logp;
             sum[Cs] = sum[Cs] + cs;
             sum[Cs2] = fma(cs, cs, sum[Cs2]);
-            if (at.sum_sq) sum[Norm] = fma(cs * cs, norm_of(at, i, live, p1), sum[Norm]);
+            if (at.sum_sq) sum[Norm] = fma(cs * cs, live_norm(at, i, live, logp), sum[Norm]);
         });
     const T row[kColumns] = {1, static_cast<T>(p.counts[s]), static_cast<T>(-sums[Logp]), 0, static_cast<T>(sums[Cs2]),
                              static_cast<T>(sums[Cs]), 0, static_cast<T>(sums[Cs2]), 0, 0, static_cast<T>(sums[Norm]),
@@ -116,8 +115,7 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
                     sum[Kl] = add_where(sum[Kl], live, kl.loss);
                 }
             }
-            const V p1 = phi || (Extras && at.sum_sq) ? exp(logp) : V(0);
-            const V cs = phi ? phi_slope(p1) : select(live, V(-1), V(0));
+            const V cs = phi ? phi_slope(exp(logp)) : select(live, V(-1), V(0));
             const V difference = cs - cr;
 
             logp.store(at.logp_out + i);
@@ -143,7 +141,7 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
                 }
                 if (at.advantage) sum[Advantage] = sum[Advantage] + advantage;
                 if (at.sum_sq) {
-                    const V norm = norm_of(at, i, live, p1);
+                    const V norm = live_norm(at, i, live, logp);
                     sum[OwnNorm] = fma(norm, cr * cr, sum[OwnNorm]);
                     sum[DiffNorm] = fma(norm, difference * difference, sum[DiffNorm]);
                 }

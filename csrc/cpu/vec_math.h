@@ -1,4 +1,4 @@
-// exp, erf and atan of a Vec of floats as short polynomials (own minimax fits; the largest errors measured by
+// exp, exp2, erf and atan of a Vec of floats as short polynomials (own minimax fits; the largest errors measured by
 // tests/test_compiled.py are at most 2 ulp), in the operations that the including vec_*.h defines.
 #pragma once
 
@@ -26,6 +26,20 @@ GAC_INLINE ExpReduced exp_reduce(Vec x) {
 GAC_INLINE Vec exp_moderate(Vec x) {
     const ExpReduced e = exp_reduce(x);
     return scale_by_power(fma(fma(e.half, e.f, Vec(1)), e.f, Vec(1)), e.n, e.biased);
+}
+
+// 2^(rate d) for -127 <= rate d <= 127, at most 1 where rate d <= 0, 1 at 0, and 0 at -127, where power_of_two is. Where fma
+// is one, the product is never rounded.
+GAC_INLINE Vec exp2_moderate(Vec d, Vec rate) {
+    const Vec shift(12582912.0);
+    const Vec biased = fma(d, rate, shift), less = shift - biased;
+    const Vec f = fma(d, rate, less);
+    Vec p = fma(Vec(0.00015353258641), f, Vec(0.00133990030731));
+    p = fma(p, f, Vec(0.00961843878031));
+    p = fma(p, f, Vec(0.0555033199489));
+    p = fma(p, f, Vec(0.240226477385));
+    p = fma(p, f, Vec(0.693147182465));
+    return scale_by_power(fma(p, f, Vec(1)), -less, biased);
 }
 
 // Below `lowest`, e^x is 0: with gradual underflow the smallest denormal's half, else the smallest normal float.

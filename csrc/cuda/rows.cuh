@@ -30,7 +30,7 @@ struct RowPlan {
 // What warp 0 tells the block of a row.
 template <class T>
 struct RowFacts {
-    T top, log_sum;            // log_sum in units of Power
+    T top, gain, log_sum;      // of the origin; log_sum in units of Power
     T slope, bonus, entropy;   // dz = slope (t - p) - bonus p (log p + entropy), times dz / draw
     T natural_log_sum, k;
     T target;                  // the gradient at the target's column
@@ -82,16 +82,16 @@ struct RowWork {
         scratch = {lanes, lanes + threads(), lanes + 2 * threads(), shared.top};
         part.kept = reinterpret_cast<Bytes16*>(at + 3 * sizeof(T) * threads());
         by = static_cast<T>(k() * Power<T>::kUnit);
-        transform.inner = Capped ? static_cast<T>(c.scale / c.softcap) : T(1);
-        transform.cap = Capped ? static_cast<T>(c.softcap) : T(1);
+        transform.doubled = static_cast<T>(doubled());
     }
 
     // z = k x, and dz / draw but for the cap's derivative. Computed anew where they are needed: registers are short.
     GAC_DEVICE double cool() const {
         return 1.0 / (c.temperature ? static_cast<double>(c.temperature[n]) : c.temperature_value);
     }
-    GAC_DEVICE double slope_k() const { return c.scale * cool(); }
-    GAC_DEVICE double k() const { return Capped ? cool() : slope_k(); }
+    GAC_DEVICE double slope_k() const { return bounded_factor<T>(c.scale * cool()); }
+    GAC_DEVICE double k() const { return Capped ? bounded_factor<T>(c.softcap * cool()) : slope_k(); }
+    GAC_DEVICE double doubled() const { return Capped ? bounded_factor<T>(2 * c.scale / c.softcap) : 0; }
 
     GAC_DEVICE bool gift() const { return c.base.data && demonstration && here; }
 
@@ -123,11 +123,11 @@ struct RowWork {
     }
 
     GAC_DEVICE void measure() {
-        ThreadMoments<T> mine;
+        ThreadMoments<T, Capped> mine;
         const auto add = [&](Bytes16 v, int vector) {
             T x[E::Width];
             load(v, vector, x);
-            mine.add(x, by);
+            mine.add(x, by, transform);
         };
         if (part.held > 0) {
             part.fetch();
@@ -135,16 +135,16 @@ struct RowWork {
         } else {
             part.rest(add);
         }
-        merge_block(mine, by, scratch, &shared.moments);
+        merge_block(mine, by, transform, scratch, &shared.moments);
     }
 
-    // x of a vector; -inf beyond the row, which a cap would make finite.
+    // The logits of a vector; beyond the row -inf, which none is under a cap.
     GAC_DEVICE void load(Bytes16 v, int vector, T (&x)[E::Width]) const {
         E::widen(v, x);
         if constexpr (Capped) {
 #pragma unroll
             for (int i = 0; i < E::Width; ++i)
-                x[i] = vector * E::Width + i < columns ? transform.at(x[i]).x : -static_cast<T>(__builtin_huge_val());
+                x[i] = vector * E::Width + i < columns ? transform.finite(x[i]) : -static_cast<T>(__builtin_huge_val());
         }
     }
 
@@ -158,7 +158,7 @@ struct RowWork {
     }
 
     GAC_DEVICE void measure_base() {
-        ThreadMoments<T> mine;
+        ThreadMoments<T, false> mine;
         constexpr T kUnit = static_cast<T>(Power<T>::kUnit);
         for (int vector = part.first + thread(); vector < part.last; vector += threads()) {
             T x[E::Width];
@@ -167,10 +167,10 @@ struct RowWork {
                 const int column = vector * E::Width + i;
                 x[i] = column < columns ? base_at(column) : -static_cast<T>(__builtin_huge_val());
             }
-            mine.add(x, kUnit);
+            mine.add(x, kUnit, Transform<T, false>{});
         }
         barrier();  // the first warp is done with the scratch of the row's own moments
-        merge_block(mine, kUnit, scratch, &shared.base_moments);
+        merge_block(mine, kUnit, Transform<T, false>{}, scratch, &shared.base_moments);
     }
 
     // Warp 0 of every block: everything that is one a row.
@@ -179,21 +179,23 @@ struct RowWork {
         const double k = this->k();
         const int parts = c.base.data ? 4 : 2;
         if constexpr (kMeasures) {
-            m = merge_cluster(&shared.moments, by, k);
-        } else {  // the operator's maximum is that of z; what rounding moves goes into the sum
-            const double top_z = static_cast<double>(c.given_normalizer[n * parts]);
-            m.top = static_cast<T>(top_z / k);
-            m.log_sum = static_cast<double>(c.given_normalizer[n * parts + 1]) + (top_z - static_cast<double>(m.top) * k);
+            m = merge_cluster(&shared.moments, by, k, transform);
+        } else {
+            m.top = c.given_normalizer[n * parts];
+            m.log_sum = static_cast<double>(c.given_normalizer[n * parts + 1]);
             m.entropy = static_cast<double>(c.given_entropy[n]);
             m.sum_sq = 0;
         }
-        const auto at = transform.at(here ? shared.raw : T(0));
-        const T logp = here ? static_cast<T>(static_cast<double>(at.x - m.top) * k - m.log_sum) : T(0);
+        const T raw = transform.finite(here ? shared.raw : T(0));
+        const double twice = doubled(), at = twice * static_cast<double>(raw), top = twice * static_cast<double>(m.top);
+        const double fall = Capped ? capped_fall(at, top) : static_cast<double>(raw - m.top);
+        const T logp = here ? static_cast<T>(fall * k - m.log_sum) : T(0);
         Gift g{};
         if (gift()) {
             gac::cuda::Moments base{0, 0, 0, 0};
             if constexpr (kMeasures) {
-                const RowMoments<T> b = merge_cluster(&shared.base_moments, static_cast<T>(Power<T>::kUnit), 1.0);
+                const RowMoments<T> b = merge_cluster(
+                    &shared.base_moments, static_cast<T>(Power<T>::kUnit), 1.0, Transform<T, false>{});
                 base.top = static_cast<double>(b.top);
                 base.log_sum = b.log_sum;
             } else {
@@ -203,7 +205,10 @@ struct RowWork {
             g = gift_target(base, static_cast<double>(base_at(target)), c.beta, c.smooth, columns);
         }
         if (kMeasures && cluster_rank() == 0 && lane() == 0) report(m, logp, g);
-        if (lane() == 0) tell(m, logp, at.derivative, g);
+        if (lane() == 0) {
+            shared.facts.gain = static_cast<T>(Capped ? capped_gain(top) : 0);
+            tell(m, logp, Capped ? capped_slope(at) : 1, g);
+        }
     }
 
     GAC_DEVICE void report(const RowMoments<T>& m, T logp, const Gift& g) const {
@@ -213,18 +218,15 @@ struct RowWork {
         if (c.supervised && !gift()) c.supervised[n] = 0;
         if (!c.normalizer) return;
         const int parts = c.base.data ? 4 : 2;
-        const double exact = static_cast<double>(m.top) * k();
-        const T top_z = static_cast<T>(exact);
-        const double rest = exact - static_cast<double>(top_z);
-        c.normalizer[n * parts] = top_z;
-        c.normalizer[n * parts + 1] = static_cast<T>(m.log_sum + (rest - rest == 0 ? rest : 0));
+        c.normalizer[n * parts] = m.top;
+        c.normalizer[n * parts + 1] = static_cast<T>(m.log_sum);
         if (parts == 4) {
             c.normalizer[n * 4 + 2] = gift() ? static_cast<T>(g.top) : T(0);
             c.normalizer[n * 4 + 3] = gift() ? static_cast<T>(g.log_sum) : T(0);
         }
     }
 
-    GAC_DEVICE void tell(const RowMoments<T>& m, T logp, T derivative, const Gift& g) {
+    GAC_DEVICE void tell(const RowMoments<T>& m, T logp, double derivative, const Gift& g) {
         Slopes slopes{0, 0};
         if constexpr (Task == RowTask::kFused) slopes = row_slopes<V>(c.term, shared.token, logp);
         if constexpr (Task == RowTask::kGradient)
@@ -248,19 +250,19 @@ struct RowWork {
         const double log_p = static_cast<double>(logp), p = ::exp(log_p);
         const double own = gift() ? g.target - p : -::expm1(log_p);
         const double value = slopes.logp * own - slopes.entropy * (p * ((p > 0 ? log_p : 0) + m.entropy));
-        f.target = static_cast<T>(value * slope_k * static_cast<double>(derivative));
+        f.target = static_cast<T>(value * slope_k * derivative);
         if (gift()) {  // what the cross entropy needs beside its sum
             shared.crossed = g.excess == 0 ? 0 : g.excess * log_p;
         }
     }
 
-    GAC_DEVICE T probability(const RowFacts<T>& f, T x) const {
-        return Power<T>::at(multiply_add(x - f.top, by, -f.log_sum));
+    GAC_DEVICE typename Transform<T, Capped>::Point at(const RowFacts<T>& f, T raw) const {
+        return transform.at(transform.finite(raw), {f.top, f.gain});
     }
-
-    GAC_DEVICE T log_probability(const RowFacts<T>& f, T x) const { return multiply_add(x - f.top, f.k, -f.natural_log_sum); }
-    GAC_DEVICE T entropy_part(const RowFacts<T>& f, T p, T x) const {
-        return f.bonus * (p * ((p > T(0) ? log_probability(f, x) : T(0)) + f.entropy));
+    GAC_DEVICE T probability(const RowFacts<T>& f, T fall) const { return Power<T>::at(multiply_add(fall, by, -f.log_sum)); }
+    GAC_DEVICE T log_probability(const RowFacts<T>& f, T fall) const { return multiply_add(fall, f.k, -f.natural_log_sum); }
+    GAC_DEVICE T entropy_part(const RowFacts<T>& f, T p, T fall) const {
+        return f.bonus * (p * ((p > T(0) ? log_probability(f, fall) : T(0)) + f.entropy));
     }
 
     template <bool Bonus>
@@ -273,10 +275,10 @@ struct RowWork {
             E::widen(v, x);
 #pragma unroll
             for (int i = 0; i < E::Width; ++i) {
-                const auto at = transform.at(x[i]);
-                const T p = probability(f, at.x);
+                const auto at = this->at(f, x[i]);
+                const T p = probability(f, at.fall);
                 T g = p * -f.slope;
-                if constexpr (Bonus) g -= entropy_part(f, p, at.x);
+                if constexpr (Bonus) g -= entropy_part(f, p, at.fall);
                 x[i] = Capped ? g * at.derivative : g;
             }
             out.write(vector, x);
@@ -295,16 +297,16 @@ struct RowWork {
 #pragma unroll
             for (int i = 0; i < E::Width; ++i) {
                 const int column = vector * E::Width + i;
-                const auto at = transform.at(x[i]);
+                const auto at = this->at(f, x[i]);
                 T q = 0;
                 if (column < columns)
                     q = multiply_add(
                         f.keep, Power<T>::at(multiply_add(base_at(column) - f.base_top, static_cast<T>(Power<T>::kUnit), -f.base_log_sum)),
                         f.uniform);
-                if (q > T(0)) sum += q * log_probability(f, at.x);
-                const T p = probability(f, at.x);
+                if (q > T(0)) sum += q * log_probability(f, at.fall);
+                const T p = probability(f, at.fall);
                 T g = (f.inverse * q - p) * f.slope;
-                if (f.bonus != T(0)) g -= entropy_part(f, p, at.x);
+                if (f.bonus != T(0)) g -= entropy_part(f, p, at.fall);
                 x[i] = Capped ? g * at.derivative : g;
             }
             crossed += static_cast<double>(sum);

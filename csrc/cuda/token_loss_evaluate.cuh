@@ -18,7 +18,7 @@ GAC_DEVICE void demonstration(const TokenLossCall<T>& c, Span own, double scale,
         for (int k = 0; k < Pack<T>::Size; ++k) {
             const MaskOf<V> live = {(bits >> k & 1) != 0};
             const V logp = select(live, V(logps.at[k]), V(0));
-            const V p = exp(logp), cs = phi ? phi_slope(p) : select(live, V(-1), V(0));  // phi is 0 where logp = 0
+            const V cs = phi ? phi_slope(exp(logp)) : select(live, V(-1), V(0));  // phi is 0 where logp = 0
             if (at.supervised) {
                 loss = add_where(loss, live, V(values.at[k]));
             } else {
@@ -27,7 +27,7 @@ GAC_DEVICE void demonstration(const TokenLossCall<T>& c, Span own, double scale,
             nll = nll - logp;
             cs1 = cs1 + cs;
             cs2 = fma(cs, cs, cs2);
-            if (at.sum_sq) norms = fma(select(live, squared_norm(p, V(sum_sqs.at[k])), V(0)), cs * cs, norms);
+            if (at.sum_sq) norms = fma(select(live, squared_norm(logp, V(sum_sqs.at[k])), V(0)), cs * cs, norms);
             shown.at[k] = logp.v;
             slopes.at[k] = (V(scale) * cs).v;
         }
@@ -67,7 +67,7 @@ GAC_DEVICE V rollout_token(
         if (o.kl_coef != 0) cr = add_where(cr, live, V(o.kl_coef) * kl.slope);
         part[kKlOf] = add_where(part[kKlOf], live, kl.loss);
     }
-    const V p = exp(x.logp), cs = o.phi ? phi_slope(p) : select(live, V(-1), V(0)), difference = cs - cr;
+    const V cs = o.phi ? phi_slope(exp(x.logp)) : select(live, V(-1), V(0)), difference = cs - cr;
     part[kLoss] = add_where(part[kLoss], live, loss);
     part[kNll] = part[kNll] - x.logp;
     part[kCs] = part[kCs] + cs;
@@ -84,7 +84,7 @@ GAC_DEVICE V rollout_token(
     if (at.entropy) part[kEntropyOf] = add_where(part[kEntropyOf], live, x.entropy);
     if (at.advantage) part[kAdvantage] = add_where(part[kAdvantage], live, x.advantage);
     if (at.sum_sq) {
-        const V norm = select(live, squared_norm(p, x.sum_sq), V(0));
+        const V norm = select(live, squared_norm(x.logp, x.sum_sq), V(0));
         part[kOwnNorm] = fma(norm, cr * cr, part[kOwnNorm]);
         part[kDiffNorm] = fma(norm, difference * difference, part[kDiffNorm]);
     }

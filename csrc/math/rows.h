@@ -8,20 +8,35 @@
 namespace GAC_NAMESPACE {
 
 struct Moments {
-    double top, log_sum, entropy, sum_sq;  // top: the maximum of z
+    double top, log_sum, entropy, sum_sq;  // top: the largest raw logit; log_sum: of e^(z - z(top)), so not below 0
+};
+
+// The soft cap tanh a, by how far it lies below that of a larger b, and its derivative 1 / cosh^2 a:
+//
+//     tanh a - tanh b = gain (e^(2a - 2b) - 1) / (e^2a + 1),  gain = 2 / (1 + e^-2b)
+//
+// A difference of two tanh would keep the rounding of both, which a cap of 30 and a temperature below 1 multiply; this
+// keeps full relative precision, is never above 0, and is 0 at a = b. `doubled`: 2a; `below`: 2a - 2b.
+template <class V>
+struct CappedPoint {
+    V fall, slope;
 };
 
 template <class V>
-struct Tanh {
-    V value, slope;
-};
+GAC_INLINE CappedPoint<V> capped_point(V doubled, V below, V gain) {
+    const V m = exp_parts(greater(V(-80), below)).minus_one, e = exp_moderate(clamp(doubled, V(-80), V(80)));
+    const V r = reciprocal(e + V(1));
+    return {gain * (m * r), (V(4) * e * r) * r};
+}
 
-// tanh x and its derivative 1 / cosh^2 x, both to full relative precision: with m = e^(2 |x|) - 1, m / (m + 2) and
-// 4 (m + 1) / (m + 2)^2. Beyond 40 nothing changes that a float could show.
-template <class V>
-GAC_INLINE Tanh<V> tanh(V x) {
-    const V m = exp_parts(lesser(V(80), V(2) * abs(x))).minus_one, r = reciprocal(m + V(2)), t = m * r;
-    return {select(x < V(0), -t, t), (m + V(1)) * r * (V(4) * r)};
+// The same in double precision, for what is one a row.
+GAC_INLINE double capped_gain(double doubled_top) { return 2 / (1 + GAC_LIBM(exp)(-doubled_top)); }
+GAC_INLINE double capped_fall(double doubled, double doubled_top) {
+    return capped_gain(doubled_top) * GAC_LIBM(expm1)(doubled - doubled_top) / (GAC_LIBM(exp)(doubled) + 1);
+}
+GAC_INLINE double capped_slope(double doubled) {
+    const double e = GAC_LIBM(exp)(doubled < 0 ? doubled : -doubled);
+    return 4 * e / ((1 + e) * (1 + e));
 }
 
 // GIFT's target q ~ p0 e^(beta 1[k = y]) with p0 smoothed by lam (arXiv 2601.09233): q_k = p0_k / D off the target.

@@ -172,11 +172,15 @@ GAC_INLINE V phi_slope(V p) {
     return times_one_less(p);
 }
 
-// n = ||1_y - p||^2 = 1 - 2 p_y + sum p^2, the squared norm of a token's logit gradient: 0 or more, also where p_y is
-// nearly all and the sum rounds below 0. What no sum of squares can be, nan or less than 0, gives nan.
+// n = ||1_y - p||^2, the squared norm of a token's logit gradient, from sum p^2: (1 - p_y)^2 and what is left of the sum for
+// all others, which is not below 0 and, their p adding up to 1 - p_y, not above (1 - p_y)^2. Where rounding takes it
+// beyond, the bound stands, so that n is never below 0 and within a factor of 2 where p_y -> 1. A log-prob above 0 counts as
+// 0; what no sum of squares can be, nan or less than 0, gives nan.
 template <class V>
-GAC_INLINE V squared_norm(V p, V sum_sq) {
-    const V norm = greater(V(0), fma(V(-2), p, V(1) + sum_sq));
+GAC_INLINE V squared_norm(V logp, V sum_sq) {
+    const ExpParts<V> e = exp_parts(clamp(logp, V(-80), V(0)));
+    const V away = e.minus_one * e.minus_one, others = sum_sq - e.exp * e.exp, size = abs(others);
+    const V norm = away + select(size < V(__builtin_huge_val()), clamp(others, V(0), away), size);
     return select(sum_sq < V(0), V(__builtin_nan("")), norm);
 }
 

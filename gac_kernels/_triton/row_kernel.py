@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .math import exp_expm1
 from .row_memory import start_of
-from .row_pass import capped, cross_entropy, fill_row, gift_target, moments, write_gradient
+from .row_pass import cross_entropy, fill_row, finite, gain_of, gift_target, moments, target_fall, write_gradient
 from .terms import kl_term, log_ratio, policy_term, supervised_term
 
 STATISTICS = tl.constexpr(0)
@@ -50,6 +50,13 @@ def token_slope(
     return weight * tl.where(rollout, slope, cs), weight
 
 
+@triton.jit
+def bounded(factor, dtype: tl.constexpr):
+    """At most what leaves 0 times it 0: beyond, no two probabilities but 1 and 0 are told apart anyway. Keeps nan."""
+    most: tl.constexpr = 1e308 if dtype == tl.float64 else 2e38
+    return tl.where(factor > most, most, factor)
+
+
 @triton.jit(do_not_specialize=["N", "B", "V", "a", "b", "base_a", "base_b", "out_a", "out_b"])
 def row_kernel(
     rows, tokens, given, out, N: tl.int64, B: tl.int64, V: tl.int64, a: tl.int64, b: tl.int64, base_a: tl.int64,
@@ -63,10 +70,11 @@ def row_kernel(
     wide: tl.constexpr = rows.logits.dtype.element_ty == tl.float64
     dtype: tl.constexpr = tl.float64 if wide else tl.float32
     scale, cool = tl.full((), scale, tl.float64), 1.0 / tl.full((), heat, tl.float64)
+    softcap = tl.full((), softcap, tl.float64)
     if CAPPED:
-        inner, cap = (scale / softcap).to(dtype), tl.full((), softcap, dtype)
+        doubled = bounded(2.0 * scale / softcap, dtype)
     else:
-        inner, cap = tl.full((), 1.0, dtype), tl.full((), 1.0, dtype)
+        doubled = tl.full((), 1.0, tl.float64)
     beta, smooth = tl.full((), beta, tl.float64), tl.full((), smooth, tl.float64)
     p0, p1, p2 = tl.full((), p0, tl.float64), tl.full((), p1, tl.float64), tl.full((), p2, tl.float64)
     kl_coef, entropy_coef = tl.full((), kl_coef, tl.float64), tl.full((), entropy_coef, tl.float64)
@@ -93,39 +101,39 @@ def row_kernel(
         else:
             one_row(
                 rows, tokens, given, out, n, start, out_start, start_of(n, B, base_a, base_b), target,
-                kind == DEMONSTRATION, V, scale, inner, cap, cool, beta, smooth, p0, p1, p2, kl_coef, entropy_coef,
-                dtype, TASK, POLICY, PHI, KL, KL_RATIO, CAPPED, BONUS, LANES, WIDTH,
+                kind == DEMONSTRATION, V, scale, softcap, doubled, cool, beta, smooth, p0, p1, p2, kl_coef,
+                entropy_coef, dtype, TASK, POLICY, PHI, KL, KL_RATIO, CAPPED, BONUS, LANES, WIDTH,
             )  # fmt: skip
 
 
 @triton.jit
 def one_row(
-    rows, tokens, given, out, n, start, out_start, base_start, target, expert, V, scale, inner, cap, cool, beta, smooth,
-    p0, p1, p2, kl_coef, entropy_coef, dtype: tl.constexpr, TASK: tl.constexpr, POLICY: tl.constexpr,
+    rows, tokens, given, out, n, start, out_start, base_start, target, expert, V, scale, softcap, doubled, cool, beta,
+    smooth, p0, p1, p2, kl_coef, entropy_coef, dtype: tl.constexpr, TASK: tl.constexpr, POLICY: tl.constexpr,
     PHI: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, CAPPED: tl.constexpr, BONUS: tl.constexpr,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A live row with a target inside it."""
-    # 1. The transform: z = k x, x = raw or cap tanh(inner raw).
+    # 1. The transform: z = k x, x = raw or tanh(doubled raw / 2).
     if rows.temperature is not None:
         cool = 1.0 / tl.load(rows.temperature + n).to(tl.float64)
-    slope_k = scale * cool
-    k = cool if CAPPED else slope_k
+    slope_k = bounded(scale * cool, dtype)
+    k = bounded(softcap * cool, dtype) if CAPPED else slope_k
+    exact_doubled, doubled = doubled, doubled.to(dtype)
     here = (target >= 0) | (TASK == FUSED)
-    raw = tl.load(rows.logits + start + target, mask=here, other=0.0)
-    target_x, target_flat = capped(raw.to(dtype), inner, cap, CAPPED)
+    raw = finite(tl.load(rows.logits + start + target, mask=here, other=0.0).to(dtype), CAPPED)
 
     # 2. Statistics, or what they were.
     if TASK == GRADIENT:
         parts: tl.constexpr = 2 if rows.base_logits is None else 4
-        # The operator's maximum is that of z = k x. The row's is of x; what rounding moves goes into the sum.
-        top_z = tl.load(given.normalizer + n * parts).to(tl.float64)
-        top = (top_z / k).to(dtype)
-        log_sum = tl.load(given.normalizer + n * parts + 1).to(tl.float64) + (top_z - top.to(tl.float64) * k)
+        top = tl.load(given.normalizer + n * parts)
+        log_sum = tl.load(given.normalizer + n * parts + 1).to(tl.float64)
         entropy = tl.load(given.entropy + n).to(tl.float64)
     else:
-        top, log_sum, entropy, sum_sq = moments(rows.logits, start, V, inner, cap, k, dtype, CAPPED, LANES, WIDTH)
-    logp = tl.where(here, (target_x - top).to(tl.float64) * k - log_sum, 0.0).to(dtype)
+        top, log_sum, entropy, sum_sq = moments(rows.logits, start, V, doubled, k, dtype, CAPPED, LANES, WIDTH)
+    gain = gain_of(top, doubled, CAPPED)
+    below, target_flat = target_fall(raw, top, exact_doubled, dtype, CAPPED)
+    logp = tl.where(here, below * k - log_sum, 0.0).to(dtype)
     p, expm1 = exp_expm1(logp, 0.0)
 
     # 3. GIFT's target.
@@ -143,7 +151,7 @@ def one_row(
                 base_log_sum = tl.load(given.normalizer + n * 4 + 3).to(tl.float64)
             else:
                 base_top, base_log_sum, _, _ = moments(
-                    rows.base_logits, base_start, V, inner, cap, one, dtype, False, LANES, WIDTH
+                    rows.base_logits, base_start, V, doubled, one, dtype, False, LANES, WIDTH
                 )
             base_y = tl.load(rows.base_logits + base_start + target).to(dtype)
             share, q_y, p0_y = gift_target(base_top, base_log_sum, base_y, beta, smooth, V)
@@ -151,8 +159,8 @@ def one_row(
             own = q_y.to(dtype) - p
             if TASK != GRADIENT:
                 crossed = cross_entropy(
-                    rows.logits, start, rows.base_logits, base_start, V, inner, cap, k, top, log_sum, base_top,
-                    base_log_sum, keep, uniform, dtype, CAPPED, LANES, WIDTH,
+                    rows.logits, start, rows.base_logits, base_start, V, doubled, gain, k, top, log_sum,
+                    base_top, base_log_sum, keep, uniform, dtype, CAPPED, LANES, WIDTH,
                 )  # fmt: skip
                 excess = q_y - p0_y
                 crossed = tl.where(share == 0.0, 0.0, share * crossed)  # D may be infinite, and a cross entropy too
@@ -167,11 +175,8 @@ def one_row(
         tl.store(out.sum_sq + n, sum_sq)
     if TASK == STATISTICS:
         parts: tl.constexpr = 2 if rows.base_logits is None else 4
-        exact = top.to(tl.float64) * k
-        top_z = exact.to(dtype)
-        tl.store(out.normalizer + n * parts, top_z)
-        rest = tl.where(tl.abs(top) < float("inf"), exact - top_z.to(tl.float64), 0.0)
-        tl.store(out.normalizer + n * parts + 1, log_sum + rest)
+        tl.store(out.normalizer + n * parts, top)
+        tl.store(out.normalizer + n * parts + 1, log_sum)
         if rows.base_logits is not None:
             tl.store(out.normalizer + n * 4 + 2, base_top)
             tl.store(out.normalizer + n * 4 + 3, base_log_sum)
@@ -189,14 +194,15 @@ def one_row(
         slope, bonus, h = slope * slope_k.to(dtype), bonus * slope_k.to(dtype), entropy.to(dtype)
         tl.debug_barrier()  # in place: every thread has read the target's logit before one writes over it
         write_gradient(
-            out.gradient, out_start, rows.logits, start, rows.base_logits, base_start, V, inner, cap, k, slope, top,
-            log_sum, h, bonus, gift, inverse, base_top, base_log_sum, keep, uniform, dtype, CAPPED, BONUS, LANES, WIDTH,
+            out.gradient, out_start, rows.logits, start, rows.base_logits, base_start, V, doubled, gain, k, slope,
+            top, log_sum, h, bonus, gift, inverse, base_top, base_log_sum, keep, uniform, dtype, CAPPED, BONUS, LANES,
+            WIDTH,
         )  # fmt: skip
         # The target's gradient, from where 1 - p loses no digits; after the one that took it for any column.
         dz = slope * own
         if BONUS:
             dz -= bonus * (p * (tl.where(p > 0.0, logp, 0.0) + h))
         if CAPPED:
-            dz *= 1.0 - target_flat * target_flat
+            dz *= target_flat
         tl.debug_barrier()
         tl.store(out.gradient + out_start + target, dz.to(out.gradient.dtype.element_ty), mask=here)

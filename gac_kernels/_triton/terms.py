@@ -113,8 +113,11 @@ def supervised_term(logp, PHI: tl.constexpr):
 
 
 @triton.jit
-def squared_norm(p, sum_sq):
-    """``||1_y - p||^2 = 1 - 2 p_y + sum p^2``: never below 0, where rounding takes it, and nan for what is no sum of
-    squares."""
-    norm = 1.0 - 2.0 * p + sum_sq
-    return tl.where(sum_sq < 0.0, float("nan"), tl.where(norm < 0.0, 0.0, norm))
+def squared_norm(logp, sum_sq):
+    """``||1_y - p||^2``: ``(1 - p_y)^2`` and the others' part of ``sum p^2``, in [0, (1 - p_y)^2] whatever rounds."""
+    p, expm1 = exp_expm1(tl.where(logp > 0.0, 0.0, logp), 0.0)  # keeps nan
+    away, others = expm1 * expm1, sum_sq - p * p
+    size = tl.abs(others)
+    others = tl.where(others < 0.0, 0.0, tl.where(others > away, away, others))
+    norm = away + tl.where(size < float("inf"), others, size)
+    return tl.where(sum_sq < 0.0, float("nan"), norm)  # which no sum of squares can be

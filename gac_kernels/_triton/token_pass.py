@@ -86,7 +86,7 @@ def token(
         adv = tl.where(policy, advantage_of(batch, s, start, i, policy_length, PER_TOKEN, BLOCK), 0.0)
 
         # 2. The supervised term, whose slope the signals want on rollouts too.
-        expert_loss, cs, p = supervised_term(logp, PHI)
+        expert_loss, cs, _ = supervised_term(logp, PHI)
         if batch.supervised is not None:
             expert_loss = tl.where(live, read(batch.supervised, start, i, length, BLOCK), 0.0)
         cs = tl.where(live, cs, 0.0)
@@ -115,7 +115,7 @@ def token(
 
         # 4. Sums. All reads come before the first write, past which the compiler may move none.
         if batch.sum_sq is not None:
-            norm = squared_norm(p, tl.where(live, read(batch.sum_sq, start, i, length, BLOCK), 0.0))
+            norm = squared_norm(logp, tl.where(live, read(batch.sum_sq, start, i, length, BLOCK), 0.0))
             own_n = add(own_n, own * own * norm)
             diff_n = add(diff_n, diff * diff * norm)
         if batch.entropy is not None:

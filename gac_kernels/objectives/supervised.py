@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -54,11 +54,24 @@ class GIFT:
 
     ``p0`` is the base model's distribution, mixed with ``smooth`` parts of the uniform one. ``beta = 0`` distils the
     base model, ``beta -> inf`` is plain supervision. Needs the logits of both models, not only log-probs.
+
+    ``floor`` is added to every ``p0``: 0 is the paper's formula, 1e-10 what its authors' code computes as
+    ``log(p0 + 1e-10)``. At ``beta = 20`` the floor alone gives a token that the base model excludes ``q = 0.046``.
     """
 
     beta: float = 20.0
     smooth: float = 0.0
+    floor: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         number("beta", self.beta, 0.0)
         number("smooth", self.smooth, 0.0, 1.0)
+        number("floor", self.floor, 0.0, 1.0)
+
+    def smoothing(self, columns: int) -> float:
+        """``smooth`` and ``floor`` as one share of the uniform distribution over ``columns``: q is normalised, so
+        ``p0 + floor`` is ``p0`` with ``V floor / (1 + V floor)`` parts of it."""
+        if not self.floor:
+            return float(self.smooth)
+        added = columns * self.floor
+        return (self.smooth + added) / (1.0 + added)

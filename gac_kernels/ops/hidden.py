@@ -221,7 +221,8 @@ def hybrid_loss_from_hidden(
         gift = objective.supervised if isinstance(objective.supervised, GIFT) else None
         base = base_of(gift, batch, head, base_hidden, base_weight, base_bias, vocab_size)
         check_targets("batch.targets", batch.targets, batch.mask, head.columns)
-        return base, LossPlan.of(head.hidden, batch, objective, mu, plain, gift, denominators)
+        plan = LossPlan.of(head.hidden, batch, objective, mu, plain, gift, denominators, head.columns)
+        return base, plan
 
     plain, head = told(CALL, tp_group, weight, check_call)
     base, plan = told(ROWS, tp_group, weight, check_rows)

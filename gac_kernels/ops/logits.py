@@ -161,7 +161,7 @@ def hybrid_loss_from_logits(
         check_writable(logits, rows)
         _refuse_shared(logits, batch, base_logits, mu, transform, denominators)
         refuse_leaf(logits)
-    plan = LossPlan.of(logits, batch, objective, mu, transform, gift, denominators)
+    plan = LossPlan.of(logits, batch, objective, mu, transform, gift, denominators, logits.shape[-1])
     rows = rows if torch.is_grad_enabled() else rows.detach()  # or a gradient is made for it, and in its place
     if rows.dtype is torch.float16 and rows.requires_grad:
         results = LateGradientLoss.apply(rows, base_logits, plan, inplace)

@@ -35,9 +35,9 @@ class LossPlan(NamedTuple):
     @classmethod
     def of(
         cls, like: Tensor, batch: TokenBatch, objective: HybridObjective, mu: float | Tensor, transform: LogitTransform,
-        gift: GIFT | None, denominators: Denominators | None,
+        gift: GIFT | None, denominators: Denominators | None, columns: int,
     ) -> LossPlan:  # fmt: skip
-        """For logits of the dtype and on the device of ``like``. Raises as the losses say."""
+        """For rows of ``columns`` logits of the dtype and on the device of ``like``. Raises as the losses say."""
         custom = inputs.functions_of(objective, library.forced_backend())
         dtype = torch.promote_types(like.dtype, torch.float32)
         mu = inputs.mixing(mu, like.new_empty((), dtype=dtype))
@@ -45,7 +45,7 @@ class LossPlan(NamedTuple):
         return cls(
             targets=batch.targets.reshape(-1).contiguous(),
             temperature=row_temperature(transform, batch, dtype),
-            static=encode_rows(transform, gift),
+            static=encode_rows(transform, gift, columns),
             batch=inputs.batch_args(batch, dtype),
             groups=inputs.plain_or_none(batch.groups, torch.int64),
             mu=mu,

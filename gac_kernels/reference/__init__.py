@@ -7,10 +7,11 @@ and stands alone: no kernel, no dispatch.
 
 from .logits import gift_loss, hybrid_loss_from_logits, token_logprobs
 from .loss import hybrid_loss, token_loss, token_weights
-from .rows import Rows, row_gradient, row_statistics, token_slopes
+from .rows import Rows, RowTransform, row_gradient, row_statistics, token_slopes
 from .terms import gate
 
 __all__ = [
+    "RowTransform",
     "Rows",
     "gate",
     "gift_loss",

@@ -14,11 +14,17 @@ from .terms import Segments
 
 
 def transformed(logits: Tensor, transform: LogitTransform, rows_S: Tensor | None = None) -> Tensor:
-    """``scale``, soft cap and temperature, in this order; a temperature per sequence is given per row by the caller."""
+    """``scale``, soft cap and temperature, in this order, up to a constant a row, which no softmax notices.
+
+    A temperature per sequence is given per row by the caller. Without a cap the largest logit is taken off first, so
+    that large ones keep their digits and never overflow.
+    """
+    heat = transform.temperature if rows_S is None else rows_S[..., None]
+    if transform.softcap is None:
+        z = logits - logits.detach().amax(-1, keepdim=True)
+        return z * (transform.scale / heat)
     z = logits * transform.scale
-    if transform.softcap is not None:
-        z = transform.softcap * torch.tanh(z / transform.softcap)
-    return z / (transform.temperature if rows_S is None else rows_S[..., None])
+    return transform.softcap * torch.tanh(z / transform.softcap) / heat
 
 
 def token_logprobs(
@@ -48,12 +54,15 @@ def token_logprobs(
 
 
 def gift_loss(logits: Tensor, base_logits: Tensor, targets: Tensor, objective: GIFT) -> Tensor:
-    """``cross entropy(q, softmax(logits))`` with ``q ~ p0 exp(beta 1[k = y])`` (arXiv 2601.09233), in log space."""
+    """``cross entropy(q, softmax(logits))`` with ``q ~ (p0 + floor) exp(beta 1[k = y])`` (arXiv 2601.09233), in log
+    space."""
     log_p0 = torch.log_softmax(base_logits.detach(), dim=-1)
     if objective.smooth:
         uniform = math.log(objective.smooth) - math.log(logits.shape[-1])
         kept = log_p0 + (math.log1p(-objective.smooth) if objective.smooth < 1 else -math.inf)
         log_p0 = torch.logaddexp(kept, torch.full_like(log_p0, uniform))
+    if objective.floor:
+        log_p0 = torch.logaddexp(log_p0, torch.full_like(log_p0, math.log(objective.floor)))
     bump = torch.zeros_like(log_p0).scatter(-1, targets.long()[..., None], objective.beta)
     q = torch.softmax(log_p0 + bump, dim=-1)
     log_p = torch.log_softmax(logits, dim=-1)

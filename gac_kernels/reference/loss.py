@@ -209,7 +209,7 @@ def _signals(t: _Terms, objective: HybridObjective, sum_sq: Tensor | None) -> Si
     if sum_sq is None:
         n_N = torch.zeros_like(logp_N)
     else:
-        n_N = squared_norm(logp_N.exp(), torch.where(live_N, sum_sq.detach().reshape(-1).to(logp_N.dtype), 0.0))
+        n_N = squared_norm(logp_N, torch.where(live_N, sum_sq.detach().reshape(-1).to(logp_N.dtype), 0.0))
     own_N, diff_N = torch.where(policy_N, cr_N, cs_N), cs_N - cr_N
     count_S = segments.sum(live_N.to(logp_N.dtype))
     advantage_S = segments.sum(t.tokens.advantages_N) / count_S.clamp(min=1.0)

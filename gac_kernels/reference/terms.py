@@ -233,10 +233,19 @@ def kl_terms(logp_N: Tensor, tokens: Tokens, objective: HybridObjective) -> tupl
     return value_N, slope_N.detach()
 
 
-def squared_norm(p: Tensor, sum_sq: Tensor) -> Tensor:
-    """``||1_y - p||^2 = 1 - 2 p_y + sum p^2``, the squared norm of a token's logit gradient: 0 or more, also where p_y
-    is nearly all and the sum rounds below 0. What no sum of squares can be, nan or less than 0, gives nan."""
-    return torch.where(sum_sq < 0, torch.nan, (1.0 - 2.0 * p + sum_sq).clamp(min=0.0))
+def squared_norm(logp: Tensor, sum_sq: Tensor) -> Tensor:
+    """``||1_y - p||^2``, the squared norm of a logit gradient, from ``sum p^2``: ``(1 - p_y)^2`` and what is left
+    of the sum for all others.
+
+    Theirs is not below 0 and, as their p add up to ``1 - p_y``, not above ``(1 - p_y)^2``. Where rounding goes beyond,
+    the bound stands: the norm is never below 0, and within a factor of 2 where ``p_y -> 1``. A log-prob above 0 counts
+    as 0. What no sum of squares can be, nan or less than 0, gives nan.
+    """
+    logp = logp.clamp(max=0.0)
+    away = torch.expm1(logp).square()
+    others = sum_sq - logp.exp().square()
+    norm = away + torch.where(others.isfinite(), others.clamp(min=0.0).minimum(away), others.abs())
+    return torch.where(sum_sq < 0, torch.nan, norm)
 
 
 def supervised_slope(logp_N: Tensor, objective: HybridObjective) -> Tensor:
