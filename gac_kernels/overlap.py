@@ -17,7 +17,8 @@ def _runs(tensor: Tensor) -> tuple[int, list[tuple[int, int]], bool]:
     already inside a run."""
     size_of = tensor.element_size()
     dims = sorted((stride * size_of, n) for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
-    run, left, folded = size_of, [], False
+    run, folded = size_of, False
+    left: list[tuple[int, int]] = []
     for stride, n in dims:
         if stride <= run and not left:
             folded |= stride < run
@@ -57,7 +58,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         moves.setdefault(stride, [0, 0])[0] -= n - 1
     for stride, n in other_dims:
         moves.setdefault(stride, [0, 0])[1] += n - 1
-    terms = [(stride, *moves[stride]) for stride in sorted(moves, reverse=True)]
+    terms = [(stride, moves[stride][0], moves[stride][1]) for stride in sorted(moves, reverse=True)]
     apart = other - start  # the runs meet where the second begins in (-other_run, run) of the first
     return _reaches(terms, 1 - other_run - apart, run - 1 - apart, True)
 
