@@ -1,4 +1,4 @@
-"""A function of a token, ready to be evaluated: traced, printed, and checked against autograd of itself."""
+"""A function of a token, ready to be evaluated: traced, and checked against autograd of itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .eager import LOG_RATIO_BOUND, TensorToken, eager_loss
 from .expression import ZERO
 from .function import PolicyObjective, SupervisedObjective
-from .torch_code import LEAVES, compiled
+from .steps import LEAVES, Steps
 from .trace import Program, trace
 
 Total = Callable[[Tensor], Tensor]
@@ -21,14 +21,14 @@ Total = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """An objective's program as functions in torch's operations. It is as fast on a GPU as eager code is, needs no
-    autograd, and torch.compile sees through it."""
+    """An objective's program in torch's operations: as fast as eager code, without autograd, and torch.compile sees
+    through it."""
 
     program: Program
-    summands: Callable[..., tuple[Tensor, ...]]
-    own: Callable[..., tuple[Tensor, ...]]  # loss, own slope, pulls
-    through: Callable[..., tuple[Tensor, ...]]  # what the sums bring to the slope
-    seen: Callable[..., tuple[Tensor, ...]]  # clipped, update: those that there are
+    summands: Steps
+    own: Steps  # loss, own slope, pulls
+    through: Steps  # what the sums bring to the slope
+    seen: Steps  # clipped, update: those that there are
     reads_entropy: bool
     reads_reference: bool
 
@@ -61,15 +61,15 @@ class Term:
             return sums_N / total(counts_N.to(logp_N.dtype)).clamp(min=1.0) if kind == "mean" else sums_N
 
         sums = self.program.sums
-        totals = [over(x, s.kind) for x, s in zip(self.summands(*given, (), ()), sums, strict=True)]
-        loss_N, slope_N, *pulls = self.own(*given, totals, ())
+        totals = [over(x, s.kind) for x, s in zip(self.summands(given, (), ()), sums, strict=True)]
+        loss_N, slope_N, *pulls = self.own(given, totals, ())
         if factor_N is not None:
             loss_N, slope_N, *pulls = (factor_N * x for x in (loss_N, slope_N, *pulls))
         if sums:
             gains = [over(x, s.kind) for x, s in zip(pulls, sums, strict=True)]
-            slope_N = slope_N + self.through(*given, totals, gains)[0]
+            slope_N = slope_N + self.through(given, totals, gains)[0]
         names = [name for name in ("clipped", "update") if getattr(self.program, name) is not None]
-        seen = dict(zip(names, self.seen(*given, totals, ()), strict=True))
+        seen = dict(zip(names, self.seen(given, totals, ()), strict=True))
         return loss_N, torch.where(counts_N, slope_N, 0.0), seen
 
     @staticmethod
@@ -98,7 +98,7 @@ def term_of(objective: PolicyObjective | SupervisedObjective) -> Term:
         "through": [program.through] if program.sums else [],
         "seen": [n for n in (program.clipped, program.update) if n is not None],
     }
-    functions = {name: compiled(nodes, program.params) for name, nodes in roots.items()}
+    functions = {name: Steps(nodes, program.params, len(program.sums)) for name, nodes in roots.items()}
     leaves = program.leaves
     term = Term(program, **functions, reads_entropy="entropy" in leaves, reads_reference="ref_logp" in leaves)
     if program.slope is ZERO and program.through is ZERO:
