@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -91,4 +93,27 @@ def check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
         raise ValueError(
             f"cu_seqlens must rise from 0 to N = {num_tokens} without falling, got first {int(cu_seqlens[0])}, "
             f"last {int(cu_seqlens[-1])}, smallest step {int(steps.min()) if steps.numel() else 0}"
+        )
+
+
+def holds_numbers(value: Tensor, weight: bool) -> bool:
+    """Whether all of it is finite and, of weights, not negative: one pass."""
+    if value.numel() == 0:
+        return True
+    low, high = (float(bound) for bound in value.aminmax())  # nan if any is
+    return low >= (0.0 if weight else -sys.float_info.max) and high <= sys.float_info.max
+
+
+def refuse_odd(name: str, value: Tensor, read: Tensor, weight: bool) -> None:
+    """ValueError for the first value at a place that is ``read`` which is not finite, or a negative weight."""
+    odd = read & ~value.isfinite()
+    if weight:
+        odd = odd | (read & (value < 0))
+    places = odd.nonzero()
+    if len(places):
+        place = tuple(places[0].tolist())
+        expected = "finite and not negative" if weight else "finite"
+        raise ValueError(
+            f"{name} must be {expected} at every token that reads it, got {value[place].item():g} at "
+            f"{list(place)} and {len(places) - 1} more"
         )

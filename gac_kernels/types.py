@@ -14,16 +14,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .tensors import FLOATS, INTS, check_mask, check_offsets, check_shape, looks_free, plain_tensor
+from .results import METRICS as METRICS
+from .results import SCALARS as SCALARS
+from .results import HybridLoss as HybridLoss
+from .results import TokenLogprobs as TokenLogprobs
+from .tensors import (
+    FLOATS,
+    INTS,
+    check_mask,
+    check_offsets,
+    check_shape,
+    holds_numbers,
+    looks_free,
+    plain_tensor,
+    refuse_odd,
+)
 from .tensors import shape_text as shape_text
 
 if TYPE_CHECKING:
     from .objectives import HybridObjective
-    from .signals import Signals
 
 IGNORE_INDEX = -100
-METRICS = ("ratio_mean", "ratio_max", "approx_kl", "effective_update_ratio", "clip_fraction", "cancellation_residual")
-SCALARS = ("policy_loss", "supervised_loss", "kl", "entropy", *METRICS)  # of HybridLoss.scalars
 
 
 def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None) -> Tensor:
@@ -49,7 +60,10 @@ class TokenBatch:
             batch holds demonstrations only.
         old_logprobs: log-probs under the policy that sampled; None means on-policy (ratio 1, slope alive).
         ref_logprobs: log-probs under the reference model of the KL penalty.
-        rollout_weights: detached importance weights that multiply the policy term and never the KL.
+        rollout_weights: detached importance weights that multiply the policy term of rollouts and never their KL or
+            entropy bonus; on demonstrations they multiply the supervised term.
+        token_weights: detached weights of all that a token adds to the loss: policy term, KL and entropy bonus of
+            rollouts, supervised term of demonstrations. Neither weight changes what the loss is divided by.
         base_logits: ``(*targets.shape, V)`` logits of the base model, needed by GIFT.
         groups: ``(S,)`` integer ids of the prompt each sequence answers, needed by DFPO.
     """
@@ -64,6 +78,7 @@ class TokenBatch:
     rollout_weights: Tensor | None = None
     base_logits: Tensor | None = None
     groups: Tensor | None = None
+    token_weights: Tensor | None = None
 
     @classmethod
     def from_padded(
@@ -76,6 +91,7 @@ class TokenBatch:
         old_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
         rollout_weights: Tensor | None = None,
+        token_weights: Tensor | None = None,
         base_logits: Tensor | None = None,
         groups: Tensor | None = None,
     ) -> TokenBatch:
@@ -86,19 +102,23 @@ class TokenBatch:
             mask_ST: ``(S, T)`` bool, or 0 and 1 in numbers, of the tokens that count.
             is_expert_S: ``(S,)`` bool; None means every row is a rollout.
             advantages: ``(S,)`` or ``(S, T)`` float. May be None if and only if every row is a demonstration.
-            old_logprobs, ref_logprobs, rollout_weights: ``(S, T)`` float.
+            old_logprobs, ref_logprobs: ``(S, T)`` float.
+            rollout_weights, token_weights: ``(S, T)``, or one a sequence, ``(S,)`` or ``(S, 1)``; float, not negative.
             base_logits: ``(S, T, V)`` float.
             groups: ``(S,)`` integer ids, in any order.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+            TypeError, ValueError: naming the argument, what was expected and what came. On a CPU also where a value
+                that is read is nan or infinite (advantages, old_logprobs, ref_logprobs at tokens of rollouts, weights
+                at all tokens that count), or a weight is negative. On an accelerator nobody looks: see the FAQ.
         """
         _check_tensor("targets_ST", targets_ST, INTS, None)
         if targets_ST.ndim != 2:
             raise ValueError(f"targets_ST must be two-dimensional (S, T), got shape {tuple(targets_ST.shape)}")
         return cls._build(
             "mask_ST", targets_ST, mask_ST, None, targets_ST.shape[0], is_expert_S, advantages,
-            {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights},
+            {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights,
+             "token_weights": token_weights},
             base_logits, groups,
         )  # fmt: skip
 
@@ -114,6 +134,7 @@ class TokenBatch:
         old_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
         rollout_weights: Tensor | None = None,
+        token_weights: Tensor | None = None,
         base_logits: Tensor | None = None,
         groups: Tensor | None = None,
     ) -> TokenBatch:
@@ -126,7 +147,8 @@ class TokenBatch:
                 one that falls is raised to the largest before it: its sequence is empty.
             mask_N: ``(N,)`` mask; None means that every token counts.
             is_expert_S, advantages, groups: as in :meth:`from_padded`; advantages ``(S,)`` or ``(N,)``.
-            old_logprobs, ref_logprobs, rollout_weights: ``(N,)`` float. base_logits: ``(N, V)`` float.
+            old_logprobs, ref_logprobs: ``(N,)`` float. base_logits: ``(N, V)`` float.
+            rollout_weights, token_weights: ``(N,)``, or one a sequence, ``(S,)`` or ``(S, 1)``; float, not negative.
         """
         _check_tensor("targets_N", targets_N, INTS, None)
         if targets_N.ndim != 1:
@@ -140,7 +162,8 @@ class TokenBatch:
             mask_N = torch.ones_like(targets_N, dtype=torch.bool)
         return cls._build(
             "mask_N", targets_N, mask_N, cu_seqlens, cu_seqlens.shape[0] - 1, is_expert_S, advantages,
-            {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights},
+            {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights,
+             "token_weights": token_weights},
             base_logits, groups,
         )  # fmt: skip
 
@@ -173,7 +196,8 @@ class TokenBatch:
         for name, value in per_token.items():
             if value is not None:
                 _check_tensor(name, value, FLOATS, device)
-                check_shape(name, value, shape)
+                by_sequence = (rows, (*rows, 1)) if name.endswith("weights") else ()
+                check_shape(name, value, shape, *by_sequence)
         if base_logits is not None:
             _check_tensor("base_logits", base_logits, FLOATS, device)
             if tuple(base_logits.shape[:-1]) != shape:
@@ -183,18 +207,65 @@ class TokenBatch:
         if groups is not None:
             _check_tensor("groups", groups, INTS, device)
             check_shape("groups", groups, rows)
-        return cls(
+        if is_expert is None:
+            is_expert = torch.zeros(rows, dtype=torch.bool, device=device)
+        batch = cls(
             targets=targets,
             mask=mask.bool() & targets.ne(IGNORE_INDEX),
             cu_seqlens=cu_seqlens,
-            is_expert=torch.zeros(rows, dtype=torch.bool, device=device)
-            if is_expert is None
-            else is_expert.contiguous(),
+            is_expert=is_expert.contiguous(),
             advantages=None if advantages is None else advantages.detach(),
             base_logits=None if base_logits is None else base_logits.detach(),
             groups=None if groups is None else groups.long().contiguous(),
             **{name: None if value is None else value.detach() for name, value in per_token.items()},
         )
+        by_token = {
+            name: batch._by_token(value)
+            for name in ("rollout_weights", "token_weights")
+            if (value := getattr(batch, name)) is not None
+        }
+        batch = replace(batch, **by_token) if by_token else batch
+        batch._check_values()
+        return batch
+
+    def _by_token(self, value: Tensor) -> Tensor:
+        """One a token of what is one a token or one a sequence, ``(S,)`` or ``(S, 1)``."""
+        shape, S = self.targets.shape, self.num_sequences
+        if value.shape == shape and (self.cu_seqlens is None or value.shape != (S,)):
+            return value
+        value_S = value.reshape(-1)
+        if self.cu_seqlens is None:
+            return value_S[:, None].expand(shape)
+        if S == 0:
+            return value_S.new_zeros(shape)
+        offsets, position_N = rising_offsets(self.cu_seqlens, shape[0]), torch.arange(shape[0], device=value.device)
+        return value_S.index_select(0, torch.bucketize(position_N, offsets[1:], right=True).clamp(max=S - 1))
+
+    def _check_values(self) -> None:
+        """What engines return holds numbers at the tokens that read it: looked at where that costs no device sync. One
+        pass over each tensor, and no more where it holds nothing odd anywhere."""
+        if not looks_free(self.mask):
+            return
+        for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_weights", "token_weights"):
+            value = getattr(self, name)
+            weight = name.endswith("weights")
+            if value is None or holds_numbers(value, weight):
+                continue
+            read = self.mask if weight else self.mask & self._by_token((~self.is_expert).float()).bool()
+            at = self._by_token(value) if name == "advantages" else value
+            refuse_odd(name, at, read, weight)
+
+    @property
+    def returned(self) -> tuple[Tensor, ...]:
+        """What engines return of rollouts' tokens, as far as it was given."""
+        given = self.old_logprobs, self.ref_logprobs, self.rollout_weights
+        return tuple(value for value in given if value is not None)
+
+    def unscored(self) -> Tensor:
+        """Live tokens of rollouts at which one of these is nan or infinite, float32 0-d: their RL term is nothing."""
+        live = self.mask & self._by_token((~self.is_expert).float()).bool()
+        odd = torch.stack([~value.isfinite() for value in self.returned]).any(0)
+        return (live & odd).sum().float()
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device; itself where all of it is there already."""
@@ -297,69 +368,3 @@ def _over_ranks(counts: Tensor, ways: tuple[str, str], group: torch.distributed.
     if packed.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(same):
         raise ValueError(f"the aggregations of objective must be the same on all ranks, got {ways} on this one")
     return torch.where(same, packed[:2], torch.nan)
-
-
-@dataclass(frozen=True, eq=False)
-class TokenLogprobs:
-    """Per-token statistics of the logits, shaped as the targets; masked places hold 0.
-
-    ``logprobs`` and ``entropy`` (nats) carry gradient; ``sum_sq`` (sum over the vocabulary of p squared) does not.
-    An output that was not asked for is None.
-    """
-
-    logprobs: Tensor | None
-    entropy: Tensor | None = None
-    sum_sq: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class HybridLoss:
-    """What every hybrid loss returns. Nothing in it has been read by the host.
-
-    With the branch means aggregated as the objective says,
-    ``loss = (1 - mu) * (policy_loss + kl_coef * kl - entropy_coef * entropy) + mu * supervised_loss``.
-
-    The numbers for a log are 0-d tensors, taken out of one when they are asked for.
-
-    Attributes:
-        loss: 0-d, differentiable; float32 (float64 for float64 input).
-        logprobs: shaped as the targets, detached; 0 at masked places.
-        token_entropy: shaped as the targets, detached, or None where no entropy was given.
-        signals: what the controller observes.
-        scalars: ``(10,)`` detached, as in ``SCALARS``; 0 for what does not apply.
-        applicable: names of the metrics that apply to the objective.
-    """
-
-    loss: Tensor
-    logprobs: Tensor
-    token_entropy: Tensor | None
-    signals: Signals
-    scalars: Tensor
-    applicable: tuple[str, ...]
-
-    @property
-    def policy_loss(self) -> Tensor:
-        """0-d, detached; 0 without a rollout token."""
-        return self.scalars[0]
-
-    @property
-    def supervised_loss(self) -> Tensor:
-        """0-d, detached; 0 without a demonstration's token."""
-        return self.scalars[1]
-
-    @property
-    def kl(self) -> Tensor:
-        """0-d, detached, the chosen estimator's mean over rollout tokens in nats; 0 without reference log-probs."""
-        return self.scalars[2]
-
-    @property
-    def entropy(self) -> Tensor:
-        """0-d, detached, mean over rollout tokens in nats; 0 where no entropy was given."""
-        return self.scalars[3]
-
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        """0-d tensors over the live rollout tokens: ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 of the importance
-        ratio, nats) and, where they apply, ``effective_update_ratio``, ``clip_fraction``, ``cancellation_residual``.
-        0 without a rollout token."""
-        return {name: self.scalars[SCALARS.index(name)] for name in self.applicable}

@@ -135,6 +135,7 @@ def hybrid_loss(
             p = math.exp(token.logp)
             cs, cr = -(p * (1.0 - p) if phi_on else 1.0), 0.0
             if expert[i]:
+                cs *= token.rho  # weights of demonstrations weigh the supervised term
                 value = cs * token.logp if cs else 0.0
                 out.supervised += w * value
                 out.slope[i, t] = mu * w * cs
@@ -177,6 +178,7 @@ def hybrid_loss(
         "effective_update_ratio": sum(s[1] for s in seen) / count,
         "clip_fraction": sum(s[2] for s in seen) / count,
         "cancellation_residual": residual,
+        "rollout_unscored": 0.0,
     }
     return out
 

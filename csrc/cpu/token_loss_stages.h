@@ -16,6 +16,16 @@ GAC_INLINE V old_logprobs(const Streams<typename V::Scalar>& at, int64_t i, V lo
     return at.old ? V::load(at.old + i) : on_policy_old(logp);
 }
 
+// Where the token counts and what the engines returned of it is finite.
+template <class V>
+GAC_INLINE typename V::Mask scored(
+    const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, bool penalty) {
+    if (at.old) live = live & finite(V::load(at.old + i));
+    if (at.rollout) live = live & finite(V::load(at.rollout + i));
+    if (penalty && at.reference) live = live & finite(V::load(at.reference + i));
+    return live;
+}
+
 template <class V>
 GAC_INLINE V advantage_of(const Streams<typename V::Scalar>& at, int64_t i, typename V::Mask live, V of_sequence) {
     return at.advantage ? V::load(at.advantage + i, live) : of_sequence;
@@ -53,14 +63,18 @@ void evaluate_expert(const TokenLoss<typename V::Scalar>& p, int64_t s) {
         [=](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
             const auto live = V::live(at.mask + i);
             const V logp = V::load(at.logp + i, live);
-            const V cs = Phi ? phi_slope(exp(logp)) : select(live, V(-1), V(0));  // phi is 0 where logp = 0
+            V cs = Phi ? phi_slope(exp(logp)) : select(live, V(-1), V(0));  // phi is 0 where logp = 0
+            const V weight = at.rollout ? V::load(at.rollout + i, live) : V(1);
+            if (at.rollout) cs = cs * weight;
             logp.store(at.logp_out + i);
             (scale * cs).store(at.slope + i);
             if (at.entropy_slope) V(0).store(at.entropy_slope + i);
             if (!Phi && at.supervised) {
-                sum[Loss] = sum[Loss] + V::load(at.supervised + i, live);
+                sum[Loss] = fma(weight, V::load(at.supervised + i, live), sum[Loss]);
+            } else if (Phi) {
+                sum[Loss] = add_supervised_loss(sum[Loss], cs, logp);
             } else {
-                sum[Loss] = Phi ? add_supervised_loss(sum[Loss], cs, logp) : sum[Loss] - logp;
+                sum[Loss] = at.rollout ? add_where(sum[Loss], differs(weight, V(0)), cs * logp) : sum[Loss] - logp;
             }
             sum[Logp] = sum[Logp] + logp;
             sum[Cs] = sum[Cs] + cs;
@@ -86,7 +100,7 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
     };
     const TokenLossParameters& o = p.parameters;
     const Policy policy({o.p0, o.p1, o.p2});
-    const bool phi = o.phi, kl_ratio_weighted = o.kl_ratio_weighted;
+    const bool phi = o.phi, kl_ratio_weighted = o.kl_ratio_weighted, penalty = o.kl_coef != 0;
     const int kl_estimator = o.kl_estimator;
     const double advantage_s = sequence_advantage(p, s);
     const V advantage_S(advantage_s), scale(p.scale[s]), kl_coef(o.kl_coef), entropy_slope(-p.scale[s] * o.entropy_coef);
@@ -99,20 +113,21 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
             const auto live = V::live(at.mask + i);
             const V logp = V::load(at.logp + i, live);
             const V advantage = Extras ? advantage_of(at, i, live, advantage_S) : advantage_S;
-            const Ratio<V> r = importance_ratio(logp, old_logprobs(at, i, logp), live);
+            const auto known = Extras ? scored<V>(at, i, live, penalty) : at.old ? live & finite(V::load(at.old + i)) : live;
+            const Ratio<V> r = importance_ratio(logp, old_logprobs(at, i, logp), known);
             const PolicyTerm<V> term = policy(logp, advantage, r, coupling);
 
             V loss = term.loss, cr = term.slope;  // the slope is 0 where masked
             if constexpr (Extras) {
                 if (at.rollout) {
-                    const V weight = V::load(at.rollout + i, live);
+                    const V weight = V::load(at.rollout + i, known);
                     loss = loss * weight;
                     if (!Policy::SlopeOfSequence) cr = cr * weight;
                 }
                 if (at.reference) {
                     const KlTerm<V> kl = kl_term(kl_estimator, kl_ratio_weighted, logp, V::load(at.reference + i), r);
-                    cr = add_where(cr, live, kl_coef * kl.slope);
-                    sum[Kl] = add_where(sum[Kl], live, kl.loss);
+                    if (penalty) cr = add_where(cr, known, kl_coef * kl.slope);
+                    sum[Kl] = add_where(sum[Kl], known & finite(V::load(at.reference + i)), kl.loss);
                 }
             }
             const V cs = phi ? phi_slope(exp(logp)) : select(live, V(-1), V(0));
@@ -121,7 +136,7 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
             logp.store(at.logp_out + i);
             (scale * cr).store(at.slope + i);
 
-            sum[Loss] = add_where(sum[Loss], live, loss);
+            sum[Loss] = add_where(sum[Loss], known, loss);
             sum[Logp] = sum[Logp] + logp;
             sum[Cs] = sum[Cs] + cs;
             sum[Cr] = sum[Cr] + cr;
@@ -136,8 +151,8 @@ void evaluate_rollout(const TokenLoss<typename V::Scalar>& p, int64_t s) {
             if (Policy::Clips) sum[Clipped] = add_where(sum[Clipped], live, select(term.clipped, V(1), V(0)));
             if constexpr (Extras) {
                 if (at.entropy) {
-                    sum[Entropy] = add_where(sum[Entropy], live, V::load(at.entropy + i));
-                    select(live, entropy_slope, V(0)).store(at.entropy_slope + i);
+                    sum[Entropy] = add_where(sum[Entropy], known, V::load(at.entropy + i));
+                    select(known, entropy_slope, V(0)).store(at.entropy_slope + i);
                 }
                 if (at.advantage) sum[Advantage] = sum[Advantage] + advantage;
                 if (at.sum_sq) {
@@ -214,12 +229,13 @@ struct Stages {
             if (p.expert[s] || p.counts[s] == 0) continue;
             enum { LogRatio, Advantage, Sums, K };
             LaneSums<V, Sums> sums;
+            const bool penalty = o.kl_coef != 0;
             for_each_vector<V, K>(
                 inputs(p, s), p.bounds[s + 1] - p.bounds[s], sums,
-                [](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
+                [=](const Streams<T>& at, int64_t i, V(&sum)[K]) __attribute__((always_inline)) {
                     const auto live = V::live(at.mask + i);
                     const V logp = V::load(at.logp + i, live);
-                    const V raw = select(live, logp - old_logprobs(at, i, logp), V(0));
+                    const V raw = select(scored<V>(at, i, live, penalty), logp - old_logprobs(at, i, logp), V(0));
                     sum[LogRatio] = sum[LogRatio] + clamp(raw, V(-20), V(20));
                     if (at.advantage) sum[Advantage] = sum[Advantage] + V::load(at.advantage + i, live);
                 });
@@ -234,6 +250,7 @@ struct Stages {
     // Sum over the sequence's tokens of -rollout_weight A where the clip lets the slope through: d loss / d s.
     static double gspo_force(const TokenLoss<T>& p, int64_t s) {
         const GspoTerm<V> policy({p.parameters.p0, p.parameters.p1, 0});
+        const bool penalty = p.parameters.kl_coef != 0;
         const V weight(p.coupling[s].weight), advantage_S(sequence_advantage(p, s));
         LaneSums<V, 1> force;
         for_each_vector<V, 2>(
@@ -241,8 +258,9 @@ struct Stages {
             [=](const Streams<T>& at, int64_t i, V(&sum)[2]) __attribute__((always_inline)) {
                 const auto live = V::live(at.mask + i);
                 const V advantage = advantage_of(at, i, live, advantage_S);
-                const V rollout = at.rollout ? V::load(at.rollout + i, live) : V(1);
-                const auto through = without(live, policy.surrogate.clipped(weight, advantage));
+                const auto known = scored<V>(at, i, live, penalty);
+                const V rollout = at.rollout ? V::load(at.rollout + i, known) : V(1);
+                const auto through = without(known, policy.surrogate.clipped(weight, advantage));
                 sum[0] = add_where(sum[0], through, -advantage * rollout);
             });
         return force[0];

@@ -64,19 +64,25 @@ enum Look { kLive, kLogRatio, kPositive, kNegative, kNeither, kLooks = 8 };
 template <class T, class Policy>
 GAC_DEVICE void look_at_tokens(const TokenLossCall<T>& c, Span own, double advantage_s, double (&sum)[kLooks]) {
     const Streams<T>& at = c.streams;
+    const bool penalty = c.parameters.kl_coef != 0;
     over_packs(c, own, [&](int64_t i, bool whole) {
         const uint32_t bits = live_bits<Pack<T>::Size>(c.batch.mask, i, own.end, whole);
         const auto read = [&](const T* stream) { return load_pack(stream, i, own.end, whole); };
         const Pack<T> logps = read(at.logp), olds = read(at.old);
         const Pack<T> advantages = read(at.advantage), rollouts = read(at.rollout);
+        const Pack<T> references = read(penalty ? at.reference : nullptr);
+        const auto finite = [](T x) { return x - x == 0; };
 #pragma unroll
         for (int k = 0; k < Pack<T>::Size; ++k) {
             if (!(bits >> k & 1)) continue;
             const VecDouble logp(logps.at[k]), old = at.old ? VecDouble(olds.at[k]) : on_policy_old(logp);
             const double advantage = at.advantage ? static_cast<double>(advantages.at[k]) : advantage_s;
-            const double force = Policy::SlopeOfSequence && at.rollout ? advantage * rollouts.at[k] : advantage;
+            // What is absent reads 0, which is finite.
+            const bool known = finite(olds.at[k]) && finite(rollouts.at[k]) && finite(references.at[k]);
+            const double weight = !known ? 0 : at.rollout ? static_cast<double>(rollouts.at[k]) : 1;
+            const double force = Policy::SlopeOfSequence ? (known ? advantage * weight : 0) : advantage;
             sum[kLive] += 1;
-            sum[kLogRatio] += clamp(logp - old, VecDouble(-20), VecDouble(20)).v;
+            if (known) sum[kLogRatio] += clamp(logp - old, VecDouble(-20), VecDouble(20)).v;
             sum[kPositive] += advantage > 0 ? force : 0;
             sum[kNegative] += advantage < 0 ? force : 0;
             sum[kNeither] += advantage > 0 || advantage < 0 ? 0 : force;

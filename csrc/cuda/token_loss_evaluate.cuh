@@ -12,17 +12,22 @@ GAC_DEVICE void demonstration(const TokenLossCall<T>& c, Span own, double scale,
         const uint32_t bits = live_bits<Pack<T>::Size>(c.batch.mask, i, own.end, whole);
         const auto read = [&](const T* stream) { return load_pack(stream, i, own.end, whole); };
         const Pack<T> logps = read(at.logp), sum_sqs = read(at.sum_sq), values = read(at.supervised);
+        const Pack<T> weights = read(at.rollout);
         Pack<T> shown, slopes;
         V loss(0), nll(0), cs1(0), cs2(0), norms(0);
 #pragma unroll
         for (int k = 0; k < Pack<T>::Size; ++k) {
             const MaskOf<V> live = {(bits >> k & 1) != 0};
             const V logp = select(live, V(logps.at[k]), V(0));
-            const V cs = phi ? phi_slope(exp(logp)) : select(live, V(-1), V(0));  // phi is 0 where logp = 0
+            const V weight = at.rollout ? V(weights.at[k]) : V(1);
+            V cs = phi ? phi_slope(exp(logp)) : select(live, V(-1), V(0));  // phi is 0 where logp = 0
+            if (at.rollout) cs = select(live, cs * weight, V(0));
             if (at.supervised) {
-                loss = add_where(loss, live, V(values.at[k]));
+                loss = add_where(loss, live, weight * V(values.at[k]));
+            } else if (phi) {
+                loss = add_supervised_loss(loss, cs, logp);
             } else {
-                loss = phi ? add_supervised_loss(loss, cs, logp) : loss - logp;
+                loss = at.rollout ? add_where(loss, live & differs(weight, V(0)), cs * logp) : loss - logp;
             }
             nll = nll - logp;
             cs1 = cs1 + cs;
@@ -54,21 +59,26 @@ struct RolloutToken {
 template <class V, class Policy, class T>
 GAC_DEVICE V rollout_token(
     const Policy& policy, const TokenLossParameters& o, const Streams<T>& at, MaskOf<V> live, const RolloutToken<V>& x,
-    const Coupling<V>& coupling, V (&part)[kTotals], V& largest) {
-    const Ratio<V> r = importance_ratio(x.logp, x.old, live);
+    const Coupling<V>& coupling, V (&part)[kTotals], V& largest, MaskOf<V>& known) {
+    known = live;  // and what the engines returned of the token is finite
+    if (at.old) known = known & finite(x.old);
+    if (at.rollout) known = known & finite(x.rollout);
+    if (at.reference && o.kl_coef != 0) known = known & finite(x.reference);
+    const Ratio<V> r = importance_ratio(x.logp, x.old, known);
     const PolicyTerm<V> term = policy(x.logp, x.advantage, r, coupling);
     V loss = term.loss, cr = term.slope;  // the slope is 0 where masked
     if (at.rollout) {
-        loss = loss * x.rollout;
-        if (!Policy::SlopeOfSequence) cr = cr * x.rollout;
+        const V weight = select(known, x.rollout, V(0));
+        loss = loss * weight;
+        if (!Policy::SlopeOfSequence) cr = cr * weight;
     }
     if (at.reference) {
         const KlTerm<V> kl = kl_term(o.kl_estimator, o.kl_ratio_weighted, x.logp, x.reference, r);
-        if (o.kl_coef != 0) cr = add_where(cr, live, V(o.kl_coef) * kl.slope);
-        part[kKlOf] = add_where(part[kKlOf], live, kl.loss);
+        if (o.kl_coef != 0) cr = add_where(cr, known, V(o.kl_coef) * kl.slope);
+        part[kKlOf] = add_where(part[kKlOf], known & finite(x.reference), kl.loss);
     }
     const V cs = o.phi ? phi_slope(exp(x.logp)) : select(live, V(-1), V(0)), difference = cs - cr;
-    part[kLoss] = add_where(part[kLoss], live, loss);
+    part[kLoss] = add_where(part[kLoss], known, loss);
     part[kNll] = part[kNll] - x.logp;
     part[kCs] = part[kCs] + cs;
     part[kCr] = part[kCr] + cr;
@@ -81,7 +91,7 @@ GAC_DEVICE V rollout_token(
     if (!Policy::Coupled) largest = greater_where(largest, live, r.value);
     if (Policy::Updates) part[kUpdateOrClip] = add_where(part[kUpdateOrClip], live, term.update);
     if (Policy::Clips) part[kUpdateOrClip] = add_where(part[kUpdateOrClip], live, select(term.clipped, V(1), V(0)));
-    if (at.entropy) part[kEntropyOf] = add_where(part[kEntropyOf], live, x.entropy);
+    if (at.entropy) part[kEntropyOf] = add_where(part[kEntropyOf], known, x.entropy);
     if (at.advantage) part[kAdvantage] = add_where(part[kAdvantage], live, x.advantage);
     if (at.sum_sq) {
         const V norm = select(live, squared_norm(x.logp, x.sum_sq), V(0));
@@ -116,13 +126,13 @@ GAC_DEVICE double rollout(
             const V logp = select(live, V(logps.at[k]), V(0));
             const V old = at.old ? V(olds.at[k]) : on_policy_old(logp);
             const V advantage = at.advantage ? V(advantages.at[k]) : V(advantage_s);
-            const V weight = select(live, V(rollouts.at[k]), V(0));
+            MaskOf<V> known = live;
             const RolloutToken<V> token{
-                logp, old, advantage, V(references.at[k]), weight, V(sum_sqs.at[k]), V(entropies.at[k])};
-            const V cr = rollout_token<V, Policy>(policy, o, at, live, token, coupling, part, largest);
+                logp, old, advantage, V(references.at[k]), V(rollouts.at[k]), V(sum_sqs.at[k]), V(entropies.at[k])};
+            const V cr = rollout_token<V, Policy>(policy, o, at, live, token, coupling, part, largest, known);
             shown.at[k] = logp.v;
             slopes.at[k] = (V(scale) * cr).v;
-            entropy_slopes.at[k] = select(live, V(-scale * o.entropy_coef), V(0)).v;
+            entropy_slopes.at[k] = select(known, V(-scale * o.entropy_coef), V(0)).v;
         }
         store_pack(at.logp_out, i, own.end, whole, shown);
         store_pack(at.slope, i, own.end, whole, slopes);

@@ -13,14 +13,14 @@ struct Slopes {
 // What the slope of one token is made of; an input that is absent has the value under which it has no part.
 template <class T>
 struct RowToken {
-    bool demonstration, on_policy, has_reference;
+    bool demonstration, on_policy, has_reference, scored;
     T weight, advantage, old, reference, rollout;
 };
 
 // Inputs of the policy are not read for demonstrations.
 template <class T>
 GAC_INLINE RowToken<T> row_token(const gac::RowsCall<T>& c, int64_t n) {
-    RowToken<T> token{c.kind[n] == gac::kDemonstration, true, false, c.weight[n], 0, 0, 0, 1};
+    RowToken<T> token{c.kind[n] == gac::kDemonstration, true, false, true, c.weight[n], 0, 0, 0, 1};
     if (token.demonstration) return token;
     token.on_policy = !c.old;
     token.has_reference = c.reference && c.term.kl_coef != 0;
@@ -28,6 +28,7 @@ GAC_INLINE RowToken<T> row_token(const gac::RowsCall<T>& c, int64_t n) {
     if (c.old) token.old = c.old[n];
     if (token.has_reference) token.reference = c.reference[n];
     if (c.rollout) token.rollout = c.rollout[n];
+    token.scored = token.old - token.old == 0 && token.reference - token.reference == 0 && token.rollout - token.rollout == 0;
     return token;
 }
 
@@ -51,6 +52,7 @@ GAC_INLINE Slopes row_slopes(const gac::TokenLossParameters& o, const RowToken<T
         const V cs = o.phi ? phi_slope(exp(V(static_cast<double>(logp)))) : V(-1);
         return {first_lane(weight * cs), 0};
     }
+    if (!token.scored) return {0, 0};
     const double bonus = first_lane(weight * V(-o.entropy_coef));
     switch (o.policy) {
         case gac::kSigmoid: return {policy_slope<V, SapoTerm<V, SigmoidGate>>(o, token, logp), bonus};

@@ -18,6 +18,13 @@ struct Ratio {
     MaskOf<V> live, alive;  // where the token counts; where, of these, the clamp lets the slope through
 };
 
+// Of what engines return: a value that is nan or infinite at a token means that it was not scored. The token's RL term is
+// then nothing at all, and its log-ratio 0 in its sequence's mean.
+template <class V>
+GAC_INLINE MaskOf<V> finite(V x) {
+    return x - x == V(0);
+}
+
 template <class V>
 GAC_INLINE Ratio<V> importance_ratio(V logp, V old, MaskOf<V> live) {
     const V raw = select(live, logp - old, V(0));

@@ -9,7 +9,7 @@ import triton.language as tl
 from .codes import GSPO, TOKEN_MEAN
 from .memory import highest, read
 from .sums import accumulator, add
-from .terms import BOUND, log_ratio
+from .terms import BOUND, log_ratio, scored
 
 LOOKERS = tl.constexpr(256)  # most programs of `look`, each of which leaves one pair of counts to be added up
 
@@ -88,15 +88,25 @@ def look_at_sequence(
     for i in range(0, length, BLOCK):
         live = read(batch.mask, start, i, length, BLOCK) != 0
         logp = tl.where(live, read(batch.logprobs, start, i, length, BLOCK), 0.0)
+        known = live  # and what the engines returned of the token is finite
+        if batch.rollout_weights is not None:
+            known = known & scored(read(batch.rollout_weights, start, i, length, BLOCK))
+        if batch.ref_logprobs is not None:
+            known = known & scored(read(batch.ref_logprobs, start, i, length, BLOCK))
         if batch.old_logprobs is None:
             d, low, _ = log_ratio(logp, None)
         else:
-            d, low, _ = log_ratio(logp, tl.where(live, read(batch.old_logprobs, start, i, length, BLOCK), 0.0))
+            old = read(batch.old_logprobs, start, i, length, BLOCK)
+            known = known & scored(old)
+            d, low, _ = log_ratio(logp, tl.where(known, old, 0.0))
+        d, low = tl.where(known, d, 0.0), tl.where(known, low, 0.0)
         log_ratios = add(log_ratios, d.to(tl.float64) + low.to(tl.float64))  # exp makes more of an error here
         adv = tl.where(live, advantage_of(batch, s, start, i, length, PER_TOKEN, BLOCK), 0.0)
         force = adv
-        if POLICY == GSPO and batch.rollout_weights is not None:
-            force = tl.where(live, adv * read(batch.rollout_weights, start, i, length, BLOCK), 0.0)
+        if POLICY == GSPO:
+            force = tl.where(known, adv, 0.0)
+            if batch.rollout_weights is not None:
+                force = tl.where(known, adv * read(batch.rollout_weights, start, i, length, BLOCK), 0.0)
         positive = add(positive, tl.where(adv > 0, force, 0.0))
         negative = add(negative, tl.where(adv < 0, force, 0.0))
         neither = add(neither, tl.where((adv > 0) | (adv < 0), 0.0, force))

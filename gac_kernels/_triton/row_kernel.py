@@ -9,7 +9,7 @@ import triton.language as tl
 from .math import exp_expm1
 from .row_memory import start_of
 from .row_pass import cross_entropy, fill_row, finite, gain_of, gift_target, moments, target_fall, write_gradient
-from .terms import kl_term, log_ratio, policy_term, supervised_term
+from .terms import kl_term, log_ratio, policy_term, scored, supervised_term
 
 STATISTICS = tl.constexpr(0)
 GRADIENT = tl.constexpr(1)
@@ -33,21 +33,27 @@ def token_slope(
         adv = tl.full((), float("nan"), dtype)
     else:
         adv = tl.load(tokens.advantages + n, mask=rollout, other=0.0)
+    known = rollout | (expert != 0)  # and what the engines returned of the token is finite
     if tokens.old_logprobs is None:
         d, low, beyond = log_ratio(logp_r, None)
     else:
-        d, low, beyond = log_ratio(logp_r, tl.load(tokens.old_logprobs + n, mask=rollout, other=0.0))
+        old = tl.load(tokens.old_logprobs + n, mask=rollout, other=0.0)
+        known = known & scored(old)
+        d, low, beyond = log_ratio(logp_r, tl.where(known, old, 0.0))
     ratio, u = exp_expm1(d, low)
     _, slope, _ = policy_term(logp_r, adv, ratio, u, beyond, 1.0, 0.0, p0, p1, p2, POLICY)
     if tokens.rollout_weights is not None:
-        slope *= tl.load(tokens.rollout_weights + n, mask=rollout, other=0.0)
+        correction = tl.load(tokens.rollout_weights + n, mask=rollout, other=0.0)
+        known = known & scored(correction)
+        slope *= tl.where(known, correction, 0.0)
     if tokens.ref_logprobs is not None:
         ref = tl.load(tokens.ref_logprobs + n, mask=rollout, other=0.0)
         _, kl_slope = kl_term(logp_r, ref, ratio, beyond, KL, KL_RATIO)
         penalty = kl_coef.to(dtype)
+        known = tl.where(penalty == 0.0, known, known & scored(ref))
         slope += tl.where(penalty != 0.0, penalty * kl_slope, 0.0)
     _, cs, _ = supervised_term(logp, PHI)
-    return weight * tl.where(rollout, slope, cs), weight
+    return weight * tl.where(rollout, tl.where(known, slope, 0.0), cs), tl.where(known, weight, 0.0)
 
 
 @triton.jit

@@ -35,6 +35,12 @@ def log_ratio(logp, old):
 
 
 @triton.jit
+def scored(x):
+    """Of what engines return: nan or infinite at a token means that it was not scored, and its RL term is nothing."""
+    return x - x == 0.0
+
+
+@triton.jit
 def surrogate(ratio, adv, low, high):
     """``-min(ratio A, clip(ratio) A)`` and where the clip has taken the gradient away."""
     clip = tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))

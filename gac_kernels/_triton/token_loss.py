@@ -98,7 +98,7 @@ def token_loss(
         return results
 
     coupled, dfpo = policy >= codes.GSPO.value, policy == codes.DFPO.value
-    looked, seen = _looked(batch, S, coupled)
+    looked, seen = _looked(batch, S, coupled, kl_coef != 0)
     residual = None
     with _device(logprobs):
         look[(min(S, LOOKERS.value),)](
@@ -137,7 +137,7 @@ def _outputs(batch: Batch, S: int) -> tuple[Tensor, Tensor, Out]:
     return new(()), new(10), Out(new((S, 12)), torch.empty_like(slope), slope, entropy_slope, part)
 
 
-def _looked(batch: Batch, S: int, coupled: bool) -> tuple[Looked, Batch]:
+def _looked(batch: Batch, S: int, coupled: bool, penalty: bool) -> tuple[Looked, Batch]:
     """Buffers of the first look, and the inputs it sees: what it has no use for would only have it compiled again."""
     new = batch.is_expert.new_empty
     offsets = None if batch.cu_seqlens is None else torch.empty_like(batch.cu_seqlens, dtype=torch.int64)
@@ -145,7 +145,8 @@ def _looked(batch: Batch, S: int, coupled: bool) -> tuple[Looked, Batch]:
     if not coupled:
         return looked, Batch(batch.mask, batch.cu_seqlens, batch.is_expert)
     looked = looked._replace(ratio=new(S, dtype=torch.float64), coupled=new(S, dtype=torch.float64))
-    return looked, batch._replace(ref_logprobs=None, entropy=None, sum_sq=None, supervised=None)
+    reference = batch.ref_logprobs if penalty else None  # a token that it does not know has no part
+    return looked, batch._replace(ref_logprobs=reference, entropy=None, sum_sq=None, supervised=None)
 
 
 def _check(logprobs: Tensor) -> None:

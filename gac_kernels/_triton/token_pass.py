@@ -11,7 +11,7 @@ from .first_look import LOOKERS, advantage_of
 from .math import exp_expm1
 from .memory import clear, read, span, write
 from .sums import accumulator, add, maximum, total8
-from .terms import kl_term, log_ratio, policy_term, squared_norm, supervised_term
+from .terms import kl_term, log_ratio, policy_term, scored, squared_norm, supervised_term
 
 
 @triton.jit
@@ -90,27 +90,39 @@ def token(
         if batch.supervised is not None:
             expert_loss = tl.where(live, read(batch.supervised, start, i, length, BLOCK), 0.0)
         cs = tl.where(live, cs, 0.0)
+        known = policy  # and what the engines returned of the token is finite
+        if batch.rollout_weights is not None:
+            correction = tl.where(live, read(batch.rollout_weights, start, i, length, BLOCK), 0.0)
+            own_cs = tl.where(live, cs * correction, 0.0)
+            cs = tl.where(rollout, cs, own_cs)
+            expert_loss = tl.where(correction == 0, 0.0, expert_loss * correction)
+            known = known & scored(correction)
+        if batch.old_logprobs is not None:
+            known = known & scored(read(batch.old_logprobs, start, i, policy_length, BLOCK))
+        if batch.ref_logprobs is not None:
+            ref = tl.where(policy, read(batch.ref_logprobs, start, i, policy_length, BLOCK), 0.0)
+            known = tl.where(penalty == 0.0, known, known & scored(ref))
 
         # 3. The policy term and its KL penalty.
         if batch.old_logprobs is None:
             d, low, beyond = log_ratio(logp_r, None)
         else:
             old = read(batch.old_logprobs, start, i, policy_length, BLOCK)
-            d, low, beyond = log_ratio(logp_r, tl.where(policy, old, 0.0))
+            d, low, beyond = log_ratio(logp_r, tl.where(known, old, 0.0))
+            d, low = tl.where(known, d, 0.0), tl.where(known, low, 0.0)  # in its sequence's sums too
         ratio, u = exp_expm1(d, low)
         loss, cr, update = policy_term(logp_r, adv, ratio, u, beyond, sequence_ratio, coupled, p0, p1, p2, POLICY)
         if batch.rollout_weights is not None:
-            correction = tl.where(policy, read(batch.rollout_weights, start, i, policy_length, BLOCK), 0.0)
+            correction = tl.where(known, correction, 0.0)
             loss *= correction
             if POLICY != GSPO:  # whose slope holds the corrections of the whole sequence already
                 cr *= correction
         if batch.ref_logprobs is not None:
-            ref = tl.where(policy, read(batch.ref_logprobs, start, i, policy_length, BLOCK), 0.0)
             kl, kl_slope = kl_term(logp_r, ref, ratio, beyond, KL, KL_RATIO)
             cr += tl.where(penalty != 0.0, penalty * kl_slope, 0.0)
-            kls = add(kls, tl.where(policy, kl, 0.0))
-        cr = tl.where(policy, cr, 0.0)
-        loss = tl.where(rollout, loss, expert_loss)
+            kls = add(kls, tl.where(known & scored(ref), kl, 0.0))
+        cr = tl.where(known, cr, 0.0)
+        loss = tl.where(rollout, tl.where(known, loss, 0.0), expert_loss)
         own, diff = tl.where(rollout, cr, cs), cs - cr
 
         # 4. Sums. All reads come before the first write, past which the compiler may move none.
@@ -119,7 +131,7 @@ def token(
             own_n = add(own_n, own * own * norm)
             diff_n = add(diff_n, diff * diff * norm)
         if batch.entropy is not None:
-            entropies = add(entropies, tl.where(policy, read(batch.entropy, start, i, policy_length, BLOCK), 0.0))
+            entropies = add(entropies, tl.where(known, read(batch.entropy, start, i, policy_length, BLOCK), 0.0))
         nll = add(nll, -logp)
         advs = add(advs, adv)
         diffs = add(diffs, diff * diff)
@@ -139,7 +151,7 @@ def token(
         write(out.slope, start, i, length, tl.where(live, own * slope_weight, 0.0), BLOCK)
         write(out.logprobs, start, i, length, logp, BLOCK)
         if batch.entropy is not None:
-            write(out.entropy_slope, start, i, length, tl.where(policy, entropy_weight, 0.0), BLOCK)
+            write(out.entropy_slope, start, i, length, tl.where(known, entropy_weight, 0.0), BLOCK)
 
     lane = tl.arange(0, 8)
     row = out.rows + s * 12

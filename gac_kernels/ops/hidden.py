@@ -64,8 +64,8 @@ class _HiddenLoss(torch.autograd.Function):
         if any(wanted) and not plan.two_looks:
             objective = {} if plan.custom is None else {"objective": plan.custom[1]}
             logprobs, entropy, sum_sq, supervised, *made = _run(
-                "linear_loss", shard, *leading, weight_N, advantages, *plan.tokens, chunk, *wanted, *plan.static,
-                *plan.term, **objective,
+                "linear_loss", shard, *leading, plan.weighted(kind, weight_N), advantages, *plan.tokens, chunk, *wanted,
+                *plan.static, *plan.term, **objective,
             )  # fmt: skip
             gradients = tuple(made)
             gift = supervised if supervised.numel() else None
@@ -232,7 +232,7 @@ def hybrid_loss_from_hidden(
     )
     shape = batch.targets.shape
     return assemble(
-        loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, plan.norm_length,
+        loss, scalars, signals, logprobs.view(shape), entropy.view(shape), batch, objective, True, plan.norm_length,
         means if means.numel() else None, None if head.shard is None else head.shard.replicas,
     )  # fmt: skip
 

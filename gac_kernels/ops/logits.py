@@ -43,7 +43,14 @@ def _evaluate(
     suffix, gradient = "_" if inplace else "", None
     if wants_gradient and not plan.two_looks and plan.custom is None:
         out = library.call(
-            f"fused_rows{suffix}", logits, *rows, weight, advantages, *plan.tokens, *plan.static, *plan.term
+            f"fused_rows{suffix}",
+            logits,
+            *rows,
+            plan.weighted(kind, weight),
+            advantages,
+            *plan.tokens,
+            *plan.static,
+            *plan.term,
         )
         logprobs, entropy, sum_sq, supervised = out[:4]
         gradient = logits if inplace else out[4]
@@ -170,7 +177,7 @@ def hybrid_loss_from_logits(
     loss, scalars, signals, logprobs, entropy = results
     shape = batch.targets.shape
     return assemble(
-        loss, scalars, signals, logprobs.view(shape), entropy.view(shape), objective, True, plan.norm_length
+        loss, scalars, signals, logprobs.view(shape), entropy.view(shape), batch, objective, True, plan.norm_length
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import eager, library
 from ..objectives import DFPO, GIFT, GSPO, HybridObjective, LogitTransform
-from ..schemas import encode_rows, encode_term, encode_weights
+from ..schemas import DEAD, DEMONSTRATION, encode_rows, encode_term, encode_weights
 from ..types import Denominators, TokenBatch
 from . import inputs
 from .rows import row_temperature
@@ -31,6 +31,8 @@ class LossPlan(NamedTuple):
     two_looks: bool  # the slopes wait for all log-probs of a sequence
     has_bonus: bool  # of entropy
     norm_length: float | None
+    own_weights: Tensor | None  # (N,), the batch's token_weights
+    eager: tuple[TokenBatch, HybridObjective] | None  # where PyTorch evaluates the terms: functions, token_weights
 
     @classmethod
     def of(
@@ -56,7 +58,17 @@ class LossPlan(NamedTuple):
             two_looks=isinstance(objective.policy, (GSPO, DFPO)) if custom is None else custom.coupled,
             has_bonus=objective.entropy_coef != 0,
             norm_length=norm_length,
+            own_weights=None if batch.token_weights is None else inputs.plain(batch.token_weights, dtype).view(-1),
+            eager=None if custom is None and batch.token_weights is None else (batch, objective),
         )
+
+    def weighted(self, kind: Tensor, weight: Tensor) -> Tensor:
+        """``weight`` with what the batch's own weights make of it: of every term token_weights, of demonstrations
+        rollout_weights too, which the kernels know for rollouts."""
+        rollout_N, own_N = self.tokens[2], self.own_weights
+        if rollout_N is not None:
+            weight = torch.where(kind == DEMONSTRATION, weight * rollout_N, weight)
+        return weight if own_N is None else torch.where(kind == DEAD, 0.0, weight * own_N)
 
     def token_weights(self) -> tuple[Tensor, ...]:
         """``kind, weight, advantages`` of every token."""
@@ -72,9 +84,9 @@ class LossPlan(NamedTuple):
 
     def token_loss(self, logprobs: Tensor, entropy: Tensor, sum_sq: Tensor, supervised: Tensor | None) -> Any:
         """The results of the operator of that name; ``supervised``: GIFT's losses."""
-        if self.custom is not None:
+        if self.eager is not None:
             denominators = Denominators(*self.counts)
-            return eager.token_loss_of_batch(logprobs, *self.custom, self.mu, entropy, sum_sq, supervised, denominators)
+            return eager.token_loss_of_batch(logprobs, *self.eager, self.mu, entropy, sum_sq, supervised, denominators)
         return library.call(
             "token_loss", logprobs, *self.batch, entropy, sum_sq, supervised, self.groups, self.mu, *self.counts,
             *self.term, *self.weights,

@@ -88,8 +88,8 @@ def hybrid_loss(
     mu = inputs.mixing(mu, wide)
     counts = inputs.counts_of(denominators, wide)
     functions = inputs.functions_of(objective, library.forced_backend())
-    if functions is not None:
-        if functions.reads_entropy and entropy is None:
+    if functions is not None or batch.token_weights is not None:
+        if functions is not None and functions.reads_entropy and entropy is None:
             raise ValueError("entropy must be given: the objective reads t.entropy, which log-probs alone do not hold")
         args = (batch, objective, mu, sum_sq, Denominators(*counts))
     else:
@@ -101,13 +101,13 @@ def hybrid_loss(
         )  # fmt: skip
     loss, scalars, rows, logprobs_out = _TokenLoss.apply(wide, wide_entropy, args)
     token_entropy = None if entropy is None else torch.where(batch.mask, entropy.detach(), 0.0)
-    return assemble(loss, scalars, rows, logprobs_out, token_entropy, objective, sum_sq is not None, norm_length)
+    return assemble(loss, scalars, rows, logprobs_out, token_entropy, batch, objective, sum_sq is not None, norm_length)
 
 
 def assemble(
     loss: Tensor, scalars: Tensor, rows: Tensor, logprobs: Tensor, token_entropy: Tensor | None,
-    objective: HybridObjective, has_sum_sq: bool, norm_length: float | None, hidden_means: Tensor | None = None,
-    replicas: tuple[int, ...] | None = None,
+    batch: TokenBatch, objective: HybridObjective, has_sum_sq: bool, norm_length: float | None,
+    hidden_means: Tensor | None = None, replicas: tuple[int, ...] | None = None,
 ) -> HybridLoss:  # fmt: skip
     """The public result from the operator's."""
     return HybridLoss(
@@ -125,6 +125,7 @@ def assemble(
         ),
         scalars=scalars,
         applicable=_metric_names(objective),
+        batch=batch if batch.returned else None,
     )
 
 
@@ -159,7 +160,10 @@ def signals_from_logprobs(
     inputs.check_batch(batch)
     plain_tensor("logprobs", logprobs, FLOATS)
     if objective is None:
-        objective, batch = _PAPER, replace(batch, old_logprobs=None, ref_logprobs=None, rollout_weights=None)
+        objective, batch = (
+            _PAPER,
+            replace(batch, old_logprobs=None, ref_logprobs=None, rollout_weights=None, token_weights=None),
+        )
     elif isinstance(objective, HybridObjective) and objective.entropy_coef:
         objective = replace(objective, entropy_coef=0.0)  # its gradient is no slope on logp and needs the entropies
     return hybrid_loss(logprobs.detach(), batch, objective, 0.5, sum_sq=sum_sq).signals

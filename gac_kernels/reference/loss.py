@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,12 +44,29 @@ def _terms(
     if entropy is not None:
         entropy_N = torch.where(tokens.live_N, entropy.reshape(-1).to(dtype), 0.0)
     known_N = None if entropy is None else entropy_N.detach()
-    policy_N, cr_N, seen = policy_terms(logp_N, tokens, objective, known_N)
+    tokens, policy_logp_N = tokens.scored(logp_N, objective.kl_coef != 0)
+    factor_N = tokens.factor_N
+    if factor_N is not None:  # of a rollout; it is part of what the sequence-coupled terms sum
+        of_policy_N = torch.where(tokens.policy_N, factor_N, 1.0)
+        rollout_N = of_policy_N if tokens.rollout_N is None else tokens.rollout_N * of_policy_N
+        tokens = replace(tokens, rollout_N=rollout_N)
+    policy_N, cr_N, seen = policy_terms(policy_logp_N, tokens, objective, known_N)
     if tokens.ref_N is not None:
-        kl_N, kl_slope_N = kl_terms(logp_N, tokens, objective)
+        kl_N, kl_slope_N = kl_terms(policy_logp_N, tokens, objective)
+        kl_N = torch.where(tokens.ref_N.isfinite(), kl_N, 0.0)
+        if factor_N is not None:
+            kl_N, kl_slope_N = factor_N * kl_N, factor_N * kl_slope_N
         cr_N = cr_N + objective.kl_coef * kl_slope_N if objective.kl_coef else cr_N
+    if factor_N is not None:
+        entropy_N = factor_N * entropy_N
+    if tokens.unknown_N is not None:
+        of_rollouts = policy_N, cr_N, kl_N, entropy_N
+        policy_N, cr_N, kl_N, entropy_N = (x.masked_fill(tokens.unknown_N, 0.0) for x in of_rollouts)
     value_N, cs_N = supervised_terms(logp_N, tokens, objective, known_N)
     supervised_N = value_N if supervised_N is None else supervised_N
+    if factor_N is not None:
+        cs_N = torch.where(expert_N, factor_N * cs_N, cs_N)
+        supervised_N = torch.where(factor_N == 0, 0.0, factor_N * supervised_N)
     a_S, b_S = _branch_weights(tokens, objective, denominators)
     return _Terms(tokens, logp_N, expert_N, policy_N, kl_N, entropy_N, supervised_N, cs_N, cr_N, a_S, b_S, seen)
 
@@ -124,6 +141,7 @@ def _summed(
         signals=_signals(t, objective, sum_sq),
         scalars=torch.stack(scalars).detach(),
         applicable=tuple(name for name in METRICS if name in metrics),
+        batch=batch if batch.returned else None,
     )
 
 
@@ -148,6 +166,10 @@ def token_loss(
     a_N, b_N = torch.where(t.tokens.policy_N, weight_N, 0.0), torch.where(t.expert_N, weight_N, 0.0)
     slope_N = torch.where(t.tokens.policy_N, a_N * t.cr_N, 0.0) + torch.where(t.expert_N, b_N * t.cs_N, 0.0)
     out = _summed(t, batch, objective, mu, entropy, sum_sq)
+    if t.tokens.factor_N is not None:
+        a_N = a_N * t.tokens.factor_N
+    if t.tokens.unknown_N is not None:
+        a_N = a_N.masked_fill(t.tokens.unknown_N, 0.0)
     return out, slope_N, -objective.entropy_coef * a_N
 
 

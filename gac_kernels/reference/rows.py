@@ -180,11 +180,14 @@ def token_slopes(
         Segments(0, 0, None, None), policy_N | expert_N, policy_N, adv_N, select(old_N), select(ref_N),
         select(rollout_N), None, expert_N,
     )  # fmt: skip
-    _, cr_N, _ = policy_terms(logp_N, tokens, objective, known_N)
+    tokens, policy_logp_N = tokens.scored(logp_N, objective.kl_coef != 0)
+    _, cr_N, _ = policy_terms(policy_logp_N, tokens, objective, known_N)
     if tokens.ref_N is not None and objective.kl_coef:
-        cr_N = cr_N + objective.kl_coef * kl_terms(logp_N, tokens, objective)[1]
+        cr_N = cr_N + objective.kl_coef * kl_terms(policy_logp_N, tokens, objective)[1]
+    if tokens.unknown_N is not None:
+        cr_N, policy_N = cr_N.masked_fill(tokens.unknown_N, 0.0), policy_N & ~tokens.unknown_N
     slope_N = torch.where(
-        policy_N, cr_N, torch.where(expert_N, supervised_terms(logp_N, tokens, objective, known_N)[1], 0.0)
+        kind == ROLLOUT, cr_N, torch.where(expert_N, supervised_terms(logp_N, tokens, objective, known_N)[1], 0.0)
     )
     entropy_N = torch.where(policy_N, -objective.entropy_coef * weight_N, 0.0)
     return torch.where(kind != 0, weight_N * slope_N, 0.0), entropy_N

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,6 +77,8 @@ class Tokens:
     rollout_N: Tensor | None
     groups_S: Tensor | None
     expert_S: Tensor
+    factor_N: Tensor | None = None  # what multiplies all of a rollout's term, and of a demonstration's
+    unknown_N: Tensor | None = None  # rollouts' tokens that an engine could not score: see `scored`
 
     @classmethod
     def of(cls, batch: TokenBatch, dtype: torch.dtype) -> Tokens:
@@ -99,8 +101,40 @@ class Tokens:
             advantages = segments.expand(advantages)
         return cls(
             segments, live_N, policy_N, select(advantages), flat(batch.old_logprobs), flat(batch.ref_logprobs),
-            flat(batch.rollout_weights), batch.groups, batch.is_expert,
+            flat(batch.rollout_weights), batch.groups, batch.is_expert, _factor(batch, live_N, policy_N, dtype),
         )  # fmt: skip
+
+    def scored(self, logp_N: Tensor, penalty: bool) -> tuple[Tokens, Tensor]:
+        """Tokens of rollouts at which what engines returned is nan or infinite have no RL term, and a log-ratio of 0 in
+        their sequence's mean. ``penalty``: the reference's log-probs are part of the term."""
+        read = self.old_N, self.rollout_N, self.ref_N if penalty else None
+        given = [value for value in read if value is not None]
+        if not given:
+            return self, logp_N
+        known_N = torch.stack([value.isfinite() for value in given]).all(0)
+        logp_N = torch.where(known_N, logp_N, torch.where(logp_N.isinf(), 0.0, logp_N).detach())
+
+        def select(value_N: Tensor | None, other: Tensor | float) -> Tensor | None:
+            return None if value_N is None else torch.where(known_N, value_N, other)
+
+        still_N = logp_N.detach()
+        rollout_N = torch.ones_like(logp_N) if self.rollout_N is None else self.rollout_N
+        changed = replace(
+            self, old_N=select(self.old_N, still_N), rollout_N=select(rollout_N, 0.0), unknown_N=~known_N,
+            ref_N=select(self.ref_N, still_N),
+        )  # fmt: skip
+        return changed, logp_N
+
+
+def _factor(batch: TokenBatch, live_N: Tensor, policy_N: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """token_weights, and on demonstrations rollout_weights too; 1 where dead. None without either."""
+    factor_N = None
+    if batch.token_weights is not None:
+        factor_N = torch.where(live_N, batch.token_weights.reshape(-1).to(dtype), 1.0)
+    if batch.rollout_weights is not None:
+        of_expert_N = torch.where(live_N & ~policy_N, batch.rollout_weights.reshape(-1).to(dtype), 1.0)
+        factor_N = of_expert_N if factor_N is None else factor_N * of_expert_N
+    return factor_N
 
 
 # Token terms --------------------------------------------------------------------------------------------------
