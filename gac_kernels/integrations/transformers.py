@@ -119,6 +119,7 @@ class CausalLMLoss:
         old_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
         rollout_weights: Tensor | None = None,
+        token_weights: Tensor | None = None,
         policy_items: float | Tensor | None = None,
         supervised_items: float | Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -140,8 +141,10 @@ class CausalLMLoss:
             advantages: ``(S,)`` or ``(B, T)``; S = B but for padding-free rows. None: all are demonstrations.
             is_expert: ``(S,)`` bool, True for demonstrations; ``(B, T)`` too in padding-free rows. None with
                 advantages: all are rollouts.
-            old_logprobs, ref_logprobs, rollout_weights: ``(B, T)``, of token ``t`` where its label stands (and so are
-                advantages a token). rollout_weights one a sequence too, as TokenBatch takes them.
+            old_logprobs, ref_logprobs: ``(B, T)``, of token ``t`` where its label stands (and so are advantages and
+                weights of tokens).
+            rollout_weights, token_weights: ``(B, T)``, or one a sequence, ``(S,)`` or ``(S, 1)``; of demonstrations as
+                of rollouts. As in TokenBatch.
             policy_items, supervised_items: what the branches divide by in place of this batch's counts (tokens or
                 sequences, as the objective aggregates); needed with advantages where ``num_items_in_batch`` is given,
                 which counts both.
@@ -160,7 +163,7 @@ class CausalLMLoss:
         _check_names(kwargs)
         tokens = {
             "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
-            "rollout_weights": rollout_weights,
+            "rollout_weights": rollout_weights, "token_weights": token_weights,
         }  # fmt: skip
         own = {"cu_seq_lens_q": cu_seq_lens_q, "seq_idx": seq_idx, "position_ids": position_ids}
         counts = {
@@ -246,14 +249,14 @@ def _batch(
         return pad(value, (0, 1), value=fill)[:, 1:]
 
     places = along(targets, IGNORE_INDEX)
-    moved = {name: None if value is None else along(value) for name, value in tokens.items()}
+    moved = {name: along(value) for name, value in tokens.items() if value is not None}
     if is_expert is None and tokens["advantages"] is None:
         sequences = shape[0] if offsets is None else len(offsets) - 1
         is_expert = torch.ones(sequences, dtype=torch.bool, device=targets.device)
     if offsets is None:
         return TokenBatch.from_padded(places, places.ne(IGNORE_INDEX), is_expert_S=is_expert, **moved)
     sequences = len(offsets) - 1
-    for name in ("advantages", "rollout_weights"):
+    for name in ("advantages", "rollout_weights", "token_weights"):
         _packed_rows.check_per_sequence(name, tokens[name], shape, sequences)
     _packed_rows.check_per_sequence("is_expert", is_expert, shape, sequences)
     places = places.reshape(-1)
@@ -283,7 +286,7 @@ _NEVER_CALLED = (
     "CausalLMLoss has not been called. Models that compute a loss by themselves (XLNet, Whisper, Bart and others) "
     "never call their loss_function: attach(model, loss) refuses these. Nor does a Trainer with label_smoothing_factor"
 )
-_NAMES = ("advantages", "is_expert", "old_logprobs", "ref_logprobs", "rollout_weights", "policy_items",
+_NAMES = ("advantages", "is_expert", "old_logprobs", "ref_logprobs", "rollout_weights", "token_weights", "policy_items",
           "supervised_items", "num_items_in_batch", "shift_labels", "ignore_index", "evaluation", "cu_seq_lens_q",
           "seq_idx", "position_ids")  # fmt: skip
 _HOSTS = ("cu_seq_lens_k", "cu_seqlens")  # of transformers, and close to one of these

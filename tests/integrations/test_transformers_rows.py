@@ -119,6 +119,32 @@ def test_packed_is_padded(rows, objective, per_token, inplace):
     torch.testing.assert_close(gradient[0], live, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["rollout_weights", "token_weights"])
+def test_weights_of_tokens_and_of_sequences(rows, name, packed):
+    """They scale demonstrations too and not what is divided by: NLL and REINFORCE, in a loop."""
+    expert, weights = torch.tensor([False, True, False, True]), torch.rand(1, N, dtype=torch.float64)
+    objective = gk.HybridObjective(gk.REINFORCE(), gk.NLL("none"), aggregation="token-mean")
+    by_row = torch.rand(S, dtype=torch.float64)
+    of_token = torch.repeat_interleave(torch.arange(S), torch.tensor(LENGTHS))
+    logp, labels = rows["logits"][0].log_softmax(-1), rows["labels"][0]
+    for given, at in ((weights, weights[0]), (by_row, by_row[of_token]), (by_row[:, None], by_row[of_token])):
+        sums, counts = [0.0, 0.0], [0, 0]
+        for sequence, (low, high) in enumerate(PARTS):
+            for t in range(low + 1, high):
+                if labels[t] >= 0:
+                    scale = 1.0 if expert[sequence] else rows["advantages"][sequence]
+                    sums[int(expert[sequence])] -= at[t] * scale * logp[t - 1, labels[t]]
+                    counts[int(expert[sequence])] += 1
+        batch = {**rows, "is_expert": expert, "old_logprobs": None, name: given}
+        batch = batch if packed else by_sequence({k: v for k, v in batch.items() if v is not None})
+        loss, _ = value_and_gradient(
+            CausalLMLoss(objective, mu=0.25), batch, **(LAYOUTS["cu_seqlens"] if packed else {})
+        )
+        wanted = 0.75 * sums[0] / counts[0] + 0.25 * sums[1] / counts[1]
+        torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+
+
 def test_the_first_token_of_a_sequence_never_counts(rows):
     """Whatever its label: only another sequence's token stands before it."""
     loss = CausalLMLoss(OBJECTIVES["gspo"], mu=0.0)

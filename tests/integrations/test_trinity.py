@@ -161,6 +161,18 @@ def test_sapo_is_the_packages(gate):
     assert metrics["usual/effective_update_ratio"] == pytest.approx(float(own.metrics["effective_update_ratio"]))
 
 
+def test_log_probs_that_an_engine_could_not_score():
+    """Of a demonstration they are not read; at a token of a rollout they are refused by name."""
+    made, wanted, spoiled = loss_fn(mu=0.3), micro_batch(), micro_batch()
+    spoiled["old_log_probs"][[1, 4]] = float("nan")
+    spoiled["old_log_probs"][~spoiled["response_mask"]] = float("nan")
+    (loss, metrics), (expected, numbers) = (made(**batch) for batch in (spoiled, wanted))
+    assert torch.equal(loss, expected) and metrics == numbers
+    spoiled["old_log_probs"][0, 0] = float("-inf")
+    with pytest.raises(ValueError, match="old_logprobs"):
+        made(**spoiled)
+
+
 def test_the_controller_steps_with_the_trainer():
     """Micro-batches of one step share a mu, which comes from the steps before; evaluation moves nothing."""
     made = loss_fn(controller={"update_every": 1, "prior": 0.2})

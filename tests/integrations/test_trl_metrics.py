@@ -160,6 +160,21 @@ def test_clip_ratios_are_those_of_the_objective_in_force(tmp_path):
         assert row["clip_ratio/region_mean"] == pytest.approx(row["gac/clip_fraction"], abs=0.05)
 
 
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
+    made = with_sampler(trainer(tmp_path, **MOVING), "sequence")
+    generate = made._generate_and_score_completions
+
+    def broken(inputs):
+        batch = generate(inputs)
+        batch["importance_sampling_ratio"][:] = float("nan")
+        return batch
+
+    made._generate_and_score_completions = broken
+    attach(made, mu=0.0)
+    with pytest.raises(ValueError, match="rollout_weights"):
+        made.train()
+
+
 def test_in_bfloat16_log_probs_are_no_farther_from_float32_than_stocks(tmp_path):
     """The same tokens through the same weights; the two round in other places, and "within 1e-6" is float32's."""
 

@@ -378,3 +378,29 @@ def test_the_samplers_weights_are_not_the_demonstrations():
     assert seen[0][2] > 0.0
     for loss, gradient, supervised in seen[1:]:
         assert torch.equal(loss, seen[0][0]) and torch.equal(gradient, seen[0][1]) and supervised == seen[0][2]
+
+
+@pytest.mark.parametrize("name", ["rollout_is_weights", "old_log_probs"])
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_what_a_sampler_could_not_score_is_named(hybrid, name):
+    """At a token that counts, in the registered losses and in the hybrid one; elsewhere it changes nothing."""
+    config = actor("gac_sapo", **({"mu": 0.5} if hybrid else {"ours": True}))
+
+    def loss(spoil):
+        batch = {"rollout": True, "expert": (0, 4)} if hybrid else {"rollout": True}
+        logp, _, data = micro_batch(**batch)
+        spoil(data)
+        if hybrid:
+            return integration.hybrid_loss({"log_probs": logp}, data, config=config)[0].detach()
+        rows = [data["old_log_probs"], padded_responses(logp.detach(), data["attention_mask"])]
+        return integration.policy_loss(
+            "gac_sapo", *rows, data["advantages"], data["response_mask"], config=config,
+            rollout_is_weights=data["rollout_is_weights"],
+        )[0]  # fmt: skip
+
+    def masked(data):
+        data[name][data["response_mask"] == 0] = float("nan")
+
+    assert torch.equal(loss(masked), loss(lambda data: None))
+    with pytest.raises(ValueError, match={"old_log_probs": "old_logprobs"}.get(name, "rollout_weights")):
+        loss(lambda data: data[name][3].fill_(float("nan")))
