@@ -272,11 +272,14 @@ class Attachment:
         scalars = torch.stack([result.scalars.float() for result in results])
         sums, means, largest = scalars.sum(0), scalars.mean(0), scalars.amax(0)
         taken = [sums[SCALARS.index(name)] for name in _SUMMED]
-        names = [name for name in results[0].metrics if name != "ratio_max"]
+        names = [name for name in results[0].applicable if name != "ratio_max"]
         taken += [means[SCALARS.index(name)] for name in names]
         values = trainer.accelerator.reduce(torch.stack(taken), reduction="mean").tolist()
         logged = dict(zip((*_SUMMED, *names), values, strict=True))
         logged["ratio_max"] = trainer.accelerator.gather(largest[SCALARS.index("ratio_max")]).max().item()
+        counted = [result.batch.unscored().double() for result in results if result.batch is not None]
+        if counted:  # of every micro-batch or of none, on all ranks
+            logged["rollout_unscored"] = trainer.accelerator.reduce(torch.stack(counted).sum(), reduction="sum").item()
         for name, value in logged.items():
             logs[f"gac/{name}"].append(value)
         if trainer.entropy_coef:

@@ -150,6 +150,13 @@ def test_mu_does_not_scale_the_auxiliary_loss(tmp_path, monkeypatch):
         assert row["loss"] == pytest.approx(hybrid + 0.3 * row["aux_loss"], rel=1e-5)
 
 
+def test_unscored_tokens_are_counted_over_the_step(tmp_path):
+    made = trainer(tmp_path, **MOVING)
+    attach(made, mu=0.0)
+    rows = rows_of(made)
+    assert [row["gac/rollout_unscored"] for row in rows] == [0.0] * len(rows)
+
+
 def test_clip_ratios_are_those_of_the_objective_in_force(tmp_path):
     """Not of the trainer's loss type, which it takes the place of."""
     made = trainer(tmp_path, **{**MOVING, "loss_type": "sapo"})
