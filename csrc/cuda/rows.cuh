@@ -30,12 +30,13 @@ struct RowPlan {
 // What warp 0 tells the block of a row.
 template <class T>
 struct RowFacts {
-    T top, gain, log_sum;      // of the origin; log_sum in units of Power
+    T top, log_sum;            // log_sum in units of Power
     T slope, bonus, entropy;   // dz = slope (t - p) - bonus p (log p + entropy), times dz / draw
     T natural_log_sum, k;
     T target;                  // the gradient at the target's column
     T base_top, base_log_sum, keep, uniform, inverse;  // GIFT's target
     int finite;                // else the gradient is nan everywhere
+    T gain;                    // of the top under a soft cap; last, or it is loaded along with others where there is none
 };
 
 template <class T>
@@ -297,12 +298,12 @@ struct RowWork {
 #pragma unroll
             for (int i = 0; i < E::Width; ++i) {
                 const int column = vector * E::Width + i;
-                const auto at = this->at(f, x[i]);
                 T q = 0;
                 if (column < columns)
                     q = multiply_add(
                         f.keep, Power<T>::at(multiply_add(base_at(column) - f.base_top, static_cast<T>(Power<T>::kUnit), -f.base_log_sum)),
                         f.uniform);
+                const auto at = this->at(f, x[i]);  // not before q, across which a register would be spilled
                 if (q > T(0)) sum += q * log_probability(f, at.fall);
                 const T p = probability(f, at.fall);
                 T g = (f.inverse * q - p) * f.slope;
