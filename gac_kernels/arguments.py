@@ -295,7 +295,7 @@ def _memory(op: str, **given: Any) -> None:
                 raise ValueError(f"{op}: {name} must hold memory, got a tensor whose storage was freed")
 
 
-CHECKS: dict[str, Callable[..., None]] = {
+CHECKS: dict[str, Callable[..., object]] = {
     "token_loss": _token_loss,
     "token_weights": _token_weights,
     "row_statistics": _row_statistics,
