@@ -38,7 +38,7 @@ def token_loss_of_batch(
     logprobs: Tensor, batch: TokenBatch, objective: HybridObjective, mu: Tensor, entropy: Tensor | None,
     sum_sq: Tensor | None, supervised: Tensor | None, denominators: Denominators | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The results of ``token_loss`` for any objective: the one implementation of a gate in Python."""
+    """The results of ``token_loss`` for any objective: the one implementation of functions in Python."""
     out, slope, entropy_slope = reference.token_loss(
         logprobs, batch, objective, mu, entropy=entropy, sum_sq=sum_sq, denominators=denominators,
         supervised_loss_N=None if supervised is None else supervised.reshape(-1),

@@ -3,7 +3,7 @@
 Three primitives over rows of logits, one of them fused, and the token-level loss between them:
 
 * separable objectives: ``token_weights`` -> ``fused_rows`` -> ``token_loss``;
-* GSPO, DFPO and a gate in Python look twice: ``row_statistics`` -> ``token_loss`` -> ``row_gradient``.
+* GSPO, DFPO and functions in Python look twice: ``row_statistics`` -> ``token_loss`` -> ``row_gradient``.
 """
 
 from __future__ import annotations

@@ -172,8 +172,8 @@ def hybrid_loss_from_hidden(
     """The hybrid loss ``(1 - mu) RL + mu SFT`` from the last hidden states and the head's weight.
 
     Every weight of the loss is known before the pass, so the forward makes the gradients as well: three matrix products
-    a chunk of tokens, and never more logits than a chunk. Masked tokens take no part in the products. GSPO, DFPO and a
-    gate written in Python need all log-probs of a sequence before the first gradient, and make the logits twice: four
+    a chunk of tokens, and never more logits than a chunk. Masked tokens take no part in the products. Where
+    tokens wait for their sequence (GSPO, DFPO, functions of your own with sums over it) the logits are made twice: four
     products. Without gradient it is one product.
 
     Args:

@@ -117,8 +117,9 @@ def hybrid_loss_from_logits(
     """The hybrid loss ``(1 - mu) RL + mu SFT`` from logits: one read of them gives log-probs, entropy, sum p squared,
     ratios, loss, signals and metrics, and writes the gradient, so that backward is at most a scaling.
 
-    Token-separable objectives (SAPO, GRPO, CISPO with NLL or GIFT) take one look at the logits. GSPO, DFPO and a gate
-    written in Python need all log-probs of a sequence before the first gradient and take a second look.
+    Token-separable objectives (SAPO, GRPO, CISPO with NLL or GIFT) take one look at the logits. GSPO and DFPO,
+    whose tokens wait for their sequence, take a second look, and so do objectives and gates that are functions of your
+    own, which PyTorch evaluates between the two.
 
     Args:
         logits: ``(*batch.targets.shape, V)``, float16, bfloat16, float32 or float64; row ``t`` predicts target ``t``.
