@@ -79,7 +79,7 @@ class HybridLoss:
     def metrics(self) -> dict[str, Tensor]:
         """0-d tensors over the live rollout tokens: ``ratio_mean``, ``ratio_max``, ``approx_kl`` (k3 of the importance
         ratio, nats) and, where they apply, ``effective_update_ratio``, ``clip_fraction``, ``cancellation_residual``.
-        0 without a rollout token. ``rollout_unscored``, where old_logprobs, ref_logprobs or rollout_weights were given:
+        0 without a rollout token. ``rollout_unscored``, where old_logprobs, rollout_weights or a KL penalty are:
         how many tokens of rollouts have no RL term because one of these is nan or infinite there."""
         named = {name: self.scalars[SCALARS.index(name)] for name in self.applicable}
-        return named if self.batch is None else named | {"rollout_unscored": self.batch.unscored()}
+        return named if self.batch is None else named | {"rollout_unscored": self.batch.unscored().to(self.scalars.dtype)}

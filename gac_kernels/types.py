@@ -261,6 +261,13 @@ class TokenBatch:
         given = self.old_logprobs, self.ref_logprobs, self.rollout_weights
         return tuple(value for value in given if value is not None)
 
+    def read_by(self, objective: HybridObjective) -> TokenBatch | None:
+        """This batch as ``unscored`` counts it: without reference log-probs where no penalty reads them; None where
+        nothing that engines return is read."""
+        unread = self.ref_logprobs is not None and not objective.kl_coef
+        batch = replace(self, ref_logprobs=None) if unread else self
+        return batch if batch.returned else None
+
     def unscored(self) -> Tensor:
         """Live tokens of rollouts at which one of these is nan or infinite, float32 0-d: their RL term is nothing."""
         live = self.mask & self._by_token((~self.is_expert).float()).bool()

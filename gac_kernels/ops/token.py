@@ -125,7 +125,7 @@ def assemble(
         ),
         scalars=scalars,
         applicable=_metric_names(objective),
-        batch=batch if batch.returned else None,
+        batch=batch.read_by(objective),
     )
 
 

@@ -141,7 +141,7 @@ def _summed(
         signals=_signals(t, objective, sum_sq),
         scalars=torch.stack(scalars).detach(),
         applicable=tuple(name for name in METRICS if name in metrics),
-        batch=batch if batch.returned else None,
+        batch=batch.read_by(objective),
     )
 
 
