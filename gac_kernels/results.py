@@ -82,4 +82,6 @@ class HybridLoss:
         0 without a rollout token. ``rollout_unscored``, where old_logprobs, rollout_weights or a KL penalty are:
         how many tokens of rollouts have no RL term because one of these is nan or infinite there."""
         named = {name: self.scalars[SCALARS.index(name)] for name in self.applicable}
-        return named if self.batch is None else named | {"rollout_unscored": self.batch.unscored().to(self.scalars.dtype)}
+        return (
+            named if self.batch is None else named | {"rollout_unscored": self.batch.unscored().to(self.scalars.dtype)}
+        )

@@ -102,12 +102,12 @@ ARGUMENTS: list[tuple[str, str, Tensor, Callable[..., Any]]] = [
     *(("from_padded", name, value, padded) for name, value in {
         "targets_ST": torch.zeros(S, T, dtype=torch.long), "mask_ST": TOKENS.bool(), "is_expert_S": BOOL,
         "advantages": torch.ones(S), "old_logprobs": -TOKENS, "ref_logprobs": -TOKENS, "rollout_weights": TOKENS,
-        "base_logits": torch.zeros(S, T, V), "groups": IDS,
+        "token_weights": TOKENS, "base_logits": torch.zeros(S, T, V), "groups": IDS,
     }.items()),
     *(("from_packed", name, value, packed) for name, value in {
         "targets_N": torch.zeros(N, dtype=torch.long), "cu_seqlens": torch.tensor([0, 4, 9, N]), "mask_N": FLAT.bool(),
         "is_expert_S": BOOL, "advantages": FLAT, "old_logprobs": -FLAT, "ref_logprobs": -FLAT, "rollout_weights": FLAT,
-        "base_logits": torch.zeros(N, V), "groups": IDS,
+        "token_weights": FLAT, "base_logits": torch.zeros(N, V), "groups": IDS,
     }.items()),
     *(("hybrid_loss", name, value, of_logprobs) for name, value in {
         "logprobs": -TOKENS, "mu": torch.tensor(0.5), "entropy": TOKENS, "sum_sq": TOKENS,
@@ -142,7 +142,7 @@ ARGUMENTS: list[tuple[str, str, Tensor, Callable[..., Any]]] = [
     ("step", "kl", torch.tensor(0.1), step),
     *(("CausalLMLoss", name, value, causal) for name, value in {
         "logits": torch.zeros(S, T, V), "labels": torch.zeros(S, T, dtype=torch.long), "advantages": torch.ones(S),
-        "is_expert": BOOL, "old_logprobs": -TOKENS, "rollout_weights": TOKENS,
+        "is_expert": BOOL, "old_logprobs": -TOKENS, "rollout_weights": TOKENS, "token_weights": TOKENS,
         "shift_labels": torch.zeros(S, T, dtype=torch.long),
     }.items()),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from naive import Token
@@ -37,6 +38,7 @@ class Case:
     ):  # fmt: skip
         g = torch.Generator().manual_seed(seed)
         self.lengths, self.expert, self.dtype = list(lengths), list(expert), dtype
+        self.unchecked: dict[str, torch.Tensor] = {}  # fields of the batch that only an accelerator could hold
         self.S, self.T = len(self.lengths), total_length or max([*self.lengths, 1])
         self.groups = list(groups) if groups is not None else [(7 * i) % 3 - 1 for i in range(self.S)]
 
@@ -89,6 +91,7 @@ class Case:
                 "groups": torch.tensor(self.groups, dtype=torch.long),
             }
         )
+        batch = replace(batch, **self.unchecked)
         extra = {"logprobs": select(self.logp), "entropy": self.entropy, "sum_sq": self.sum_sq}
         return batch, {k: v if v is None or k == "logprobs" else select(v) for k, v in extra.items()}
 
