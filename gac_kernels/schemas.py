@@ -160,6 +160,8 @@ _ROW_STATISTICS = f"""(Tensor logits, {_ROWS}, {_STATIC}
 # dz = slope (t - p) - entropy_slope p (log p + entropy), with t = 1_y or GIFT's q, then back through the transform.
 _GRADIENT = f"{_ROWS}, Tensor normalizer, Tensor entropy, Tensor slope, Tensor? entropy_slope, {_STATIC}"
 # Statistics, the token's slope and the row's gradient while the row is in cache. Token inputs (N,) in acc.
+# rollout_weights are read for rollouts alone: what weighs a demonstration is in its weight already, where token_loss
+# multiplies by it itself.
 _FUSED = f"""{_ROWS}, Tensor weight, Tensor? advantages, Tensor? old_logprobs, Tensor? ref_logprobs,
     Tensor? rollout_weights, {_STATIC}, {_TERM}"""
 _FUSED_RESULTS = "Tensor logprobs, Tensor entropy, Tensor sum_sq, Tensor supervised"

@@ -103,7 +103,9 @@ def test_slopes_are_those_of_token_loss_to_the_bit(policy, dtype):
     kinds, weight, _ = op("token_weights", *batch, mu, None, None, *schemas.encode_weights(objective, None))
     assert torch.equal(kinds, kind)
     for tokens in ((old, ref, rollout), (old, None, None), (None, None, None)):
-        rows = torch.zeros(N, dtype=torch.long), kind, None, None, weight, advantages, *tokens
+        # fused_rows finds what weighs a demonstration in its weight
+        own = weight if tokens[2] is None else torch.where(expert, weight * tokens[2], weight)
+        rows = torch.zeros(N, dtype=torch.long), kind, None, None, own, advantages, *tokens
         *results, gradient = op("fused_rows", logits, *rows, *PLAIN, *schemas.encode_term(objective))
         out = op(
             "token_loss", results[0], *batch, *tokens, None, None, None, None, mu, None, None,

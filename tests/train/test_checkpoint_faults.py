@@ -149,7 +149,12 @@ def in_place(kind: str, path: Path, outside: Path) -> None:
         os.mkfifo(path)
     elif kind == "socket":
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as made:
-            made.bind(os.path.relpath(path))  # a name of its own may have 100 characters
+            before = Path.cwd()
+            os.chdir(path.parent)  # the name of a socket may have 100 characters
+            try:
+                made.bind(path.name)
+            finally:
+                os.chdir(before)
     elif kind == "directory":
         path.mkdir()
     elif kind == "file":
