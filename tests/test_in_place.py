@@ -82,7 +82,7 @@ SHARED = {
 
 @pytest.mark.parametrize("name", SHARED)
 def test_inputs_in_the_logits_memory_are_refused_by_name(name):
-    buffer = torch.randn(S, T + 1, V)
+    buffer = 0.1 + torch.rand(S, T + 1, V)  # a weight is not negative
     made, logits = batch(**SHARED[name](buffer)), buffer[:, 1:]
     objective = gk.HybridObjective(gk.SAPO(), gk.GIFT(3.0)) if "base" in name else OBJECTIVE
     before = buffer.clone()

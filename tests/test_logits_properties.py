@@ -232,9 +232,7 @@ def test_errors_name_the_argument():
     loss, batch = gk.hybrid_loss_from_logits, case.batch
     with pytest.raises(ValueError, match=r"logits must have shape \(4, 9, V\) to match targets, got \(4, 9\)"):
         loss(case.logits[..., 0], batch, OBJECTIVE, 0.3)
-    with pytest.raises(
-        TypeError, match=r"logits must have dtype float16 or bfloat16 or float32 or float64, got int64"
-    ):
+    with pytest.raises(TypeError, match=r"logits must have dtype float16 or bfloat16 or float32 or float64, got int64"):
         loss(case.logits.long(), batch, OBJECTIVE, 0.3)
     with pytest.raises(ValueError, match="logits must have at least one column"):
         loss(case.logits[..., :0], batch, OBJECTIVE, 0.3)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import library, reference
-from ..bench.check import WrongResult, column_bound, compare, elementwise_bound, metric_bound, scalar_bound
+from ..bench.check import WrongResult, column_bound, compare, elementwise_bound, metric_bound, rounding, scalar_bound
 from ..objectives import CISPO, DFPO, GIFT, GRPO, GSPO, NLL, SAPO, HybridObjective, LogitTransform
 from ..ops import hybrid_loss, hybrid_loss_from_logits
 from ..types import HybridLoss, TokenBatch
@@ -221,7 +221,8 @@ def _compare(backend: str, objective: HybridObjective, batch: TokenBatch, values
 
 def _compare_logits(objective: HybridObjective, batch: TokenBatch, logits: Tensor, backend: str) -> float:
     """The same from logits, gradient in place; 16-bit gradients are rounded to their own precision."""
-    mu, transform = torch.tensor(MU, device=logits.device), LogitTransform(0.8, softcap=20.0)
+    mu, heat, cap = torch.tensor(MU, device=logits.device), 0.8, 20.0
+    transform = LogitTransform(heat, softcap=cap)
     leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
     with library.use_backend(backend):
         got = hybrid_loss_from_logits(leaf * 1.0, batch, objective, mu, transform=transform, inplace=True)
@@ -229,7 +230,11 @@ def _compare_logits(objective: HybridObjective, batch: TokenBatch, logits: Tenso
     want = reference.hybrid_loss_from_logits(exact, _double(batch), objective, mu.double(), transform=transform)
     (want_gradient,) = torch.autograd.grad(want.loss, exact)
     worst = _largest(got, want, want.logprobs, want_gradient.abs().sum(-1))
-    return max(worst, compare("gradient", gradient, want_gradient, elementwise_bound(want_gradient, logits.dtype)))
+    # An exponential has the rounding of its exponent: of the difference, its factor and the cap's two products.
+    z = cap * torch.tanh(exact.detach() / cap) / heat
+    depth = torch.where(batch.mask[..., None], z.amax(-1, keepdim=True) - z, 0.0)
+    bound = elementwise_bound(want_gradient, logits.dtype) + 4 * rounding(torch.float32) * depth * want_gradient.abs()
+    return max(worst, compare("gradient", gradient, want_gradient, bound))
 
 
 def _largest(got: HybridLoss, want: HybridLoss, logprobs: Tensor, slopes: Tensor) -> float:
