@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .expression import HOST, MASKS, Node, expm1_minus, number
+from .expression import HOST, MASKS, MEANING, Node, number
 
 LEAVES = ("logp", "old_logp", "ref_logp", "advantage", "entropy", "log_ratio")
 _ALIVE = len(LEAVES)  # where it stands among the values
@@ -51,29 +51,13 @@ def _quotient(above: Tensor | float, *below: Tensor) -> Any:
     return functools.reduce(operator.truediv, below, above)
 
 
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+# As MEANING has them, but where an operand may be a number.
+_FUNCTIONS: dict[str, Callable[..., Any]] = MEANING | {
     "add": lambda *x: functools.reduce(operator.add, x),
-    "mul": _product,
-    "pow": _power,
     "min": _smaller,
     "max": _larger,
-    "abs": torch.abs,
-    "select": torch.where,
-    "exp": torch.exp,
-    "expm1": torch.expm1,
-    "expm1mx": expm1_minus,
-    "log": torch.log,
-    "log1p": torch.log1p,
-    "erf": torch.erf,
-    "atan": torch.atan,
-    "sigmoid": torch.sigmoid,
-    "dsigmoid": lambda x: torch.sigmoid(x) * torch.sigmoid(-x),
-    "tanh": torch.tanh,
-    "dtanh": lambda x: 1 / torch.cosh(x) ** 2,
     "lt": operator.lt,
     "eq": operator.eq,
-    "not": torch.logical_not,
-    "or": lambda *x: functools.reduce(operator.or_, x),
 }
 Operand = int | float  # an int: the number of a value; a float: itself
 
