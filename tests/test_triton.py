@@ -290,7 +290,7 @@ def test_opcheck(layout):
 
 def test_half_precision_dtype_is_refused():
     case = Case((3,), (False,), dtype=torch.float32)
-    with pytest.raises(TypeError, match="logprobs must be float32 or float64, got bfloat16"):
+    with pytest.raises(TypeError, match="logprobs must have dtype float32 or float64, got bfloat16"):
         operator("token_loss_triton", case, gk.HybridObjective(), logprobs=torch.zeros(3, dtype=torch.bfloat16))
 
 
